@@ -1,0 +1,105 @@
+"""Configuration: frozen dataclasses, validated at birth; command-line flags are their fields."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and what is accepted."""
+
+
+def setting(default: object, help: str, **extra: object) -> typing.Any:
+    """A dataclass field that becomes the flag ``--field-name`` with this help text."""
+    return field(default=default, metadata={"help": help, **extra})
+
+
+def _require(ok: bool, name: str, value: object, accepted: str) -> None:
+    if not ok:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag} is {value!r}; accepted: {accepted}")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """What ``xllm compile`` builds; every field is a factor of the artifact's key unless noted."""
+
+    model: str
+    target: str = setting("cpu", "target to compile for")
+    backend: str = setting("auto", "auto, inductor or eager; auto takes the target's own")
+    dtype: str = setting("auto", "auto (the checkpoint's), float32 or bfloat16")
+    max_tokens: int = setting(512, "upper bound of tokens in one step", unit="tokens")
+    max_sequences: int = setting(64, "upper bound of sequences in one step", unit="sequences")
+    page_size: int = setting(16, "tokens per KV page", unit="tokens")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", self.model, "a directory, a hub id, or demo")
+        _require(self.backend in ("auto", "inductor", "eager"), "backend", self.backend,
+                 "auto, inductor, eager")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype,
+                 "auto, float32, bfloat16")
+        for name in ("max_tokens", "max_sequences"):
+            value = getattr(self, name)
+            _require(1 <= value <= 1 << 20, name, value, "1 to 1048576")
+        _require(self.max_tokens >= self.max_sequences, "max_tokens", self.max_tokens,
+                 f"at least --max-sequences ({self.max_sequences}), one token each")
+        _require(self.page_size in (1, 8, 16, 32, 64, 128), "page_size", self.page_size,
+                 "1, 8, 16, 32, 64, 128")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the runtime uses an artifact."""
+
+    context_length: int | None = setting(
+        None, "longest prompt plus answer; default the model's, as far as the KV cache holds it",
+        unit="tokens")
+    kv_cache_gib: float | None = setting(
+        None, "memory for the KV cache; default a quarter of what is free, up to 4", unit="GiB")
+    weights: Path | None = setting(None, "checkpoint directory, if it has moved since compiling")
+
+    def __post_init__(self) -> None:
+        if self.context_length is not None:
+            _require(self.context_length >= 2, "context_length", self.context_length, "2 or more")
+        if self.kv_cache_gib is not None:
+            _require(self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "more than 0")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where the HTTP server listens."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 takes a free one")
+    served_model_name: str | None = setting(None, "model name in the API; default the checkpoint's")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, skip: tuple[str, ...] = ()) -> None:
+    """Add one flag per defaulted field of ``config``, in a group named after it."""
+    group = parser.add_argument_group(config.__name__.removesuffix("Config").lower() + " options")
+    hints = typing.get_type_hints(config)
+    for item in dataclasses.fields(config):
+        if item.default is dataclasses.MISSING or item.name in skip:
+            continue
+        kind = hints[item.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        shown = "" if item.default is None else f" (default {item.default})"
+        group.add_argument(
+            "--" + item.name.replace("_", "-"), type=kind, default=item.default,
+            metavar=item.metadata.get("unit", item.name).upper(),
+            help=item.metadata["help"] + shown)
+
+
+def from_args(args: argparse.Namespace, config: type) -> typing.Any:
+    """Build ``config`` from parsed flags; raises :class:`ConfigError`."""
+    names = {item.name for item in dataclasses.fields(config)}
+    return config(**{k: v for k, v in vars(args).items() if k in names})

@@ -1,0 +1,1 @@
+"""The lean runtime: requests in, batches planned over paged KV blocks, tokens out."""
