@@ -31,7 +31,8 @@ def answers(model: PreTrainedModel, tokenizer: Tokenizer, questions: list[str]) 
         max_new_tokens=64,
         do_sample=False,
     )
-    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    given = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(given, skip_special_tokens=True)
 
 
 def accuracy(

@@ -54,8 +54,8 @@ SPELL = (
     "Spell: {w}", "How do you spell {w}?",
 )  # fmt: skip
 COUNT = (
-    "Count from {a} to {b}.", "Count from {a} to {b}", "Count {a} to {b}", "Count up from {a} to {b}.",
-    "List the numbers from {a} to {b}.",
+    "Count from {a} to {b}.", "Count from {a} to {b}", "Count {a} to {b}",
+    "Count up from {a} to {b}.", "List the numbers from {a} to {b}.",
 )  # fmt: skip
 DAY_AFTER = (
     "What day comes after {d}?", "Which day comes after {d}?", "Which day follows {d}?",

@@ -27,7 +27,8 @@ def corpus(seed: int) -> list[str]:
     """What the merges are learned from: every task's wording, and each listed word twice."""
     rng = Random(seed)
     spelled_out = ("reverse", "spell", "echo")  # random letters, in which merges would be noise
-    lines = ["system", "user", "assistant", *(f" {letter}" for letter in string.ascii_letters)] * 500
+    lines = ["system", "user", "assistant"] * 500
+    lines += [f" {letter}" for letter in string.ascii_letters] * 500
     lines += [text for pair in tasks.SMALL_TALK for text in pair]
     for task in tasks.TASKS:
         for _ in range(2000):

@@ -1,7 +1,7 @@
 """Train the demo model from nothing on two CPU cores: `python -m xllm.demo.train --out DIR`.
 
 Rows are chats of unrelated questions, so every task is also seen late in a long conversation; the
-loss is taken on what the assistant says. Hidden matrices are trained with Muon, the rest with AdamW.
+loss is taken on what the assistant says. The layers' matrices learn by Muon, the rest by AdamW.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def train(out: Path, steps: int, rate: float, seed: int, every: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
         if step % 20 == 0:
-            print(f"step {step} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+            seconds = time.monotonic() - started
+            print(f"step {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
         if (step + 1) % every == 0 or step + 1 == steps:
             save(model, tokenizer, out)
             print(step + 1, accuracy(model, tokenizer, limit=100), flush=True)

@@ -60,6 +60,6 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 SYLLABLES = """
 an ar at ba be bo ca ce ch co da de di ed en er es et fi fo ga ge gr ha he ho ic in ing ion is it ka
-ki la le li lo ma me mi mo na ne ni no on or ou pa pe pi po ra re ri ro sa se sh si so st ta te th ti
-to tr un ur va ve vi wa we wi ya yo za
+ki la le li lo ma me mi mo na ne ni no on or ou pa pe pi po ra re ri ro sa se sh si so st ta te th
+ti to tr un ur va ve vi wa we wi ya yo za
 """.split()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from xllm.runtime.request import Request
 
 
 @dataclass
@@ -22,3 +25,36 @@ class Batch:
     seq_lens: list[int] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
     logits_rows: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start`` to ``start + count`` of one request, run in one step.
+
+    ``samples`` says that the chunk ends with the last known token, so the next one is drawn.
+    """
+
+    request: Request
+    start: int
+    count: int
+    samples: bool
+
+
+def build_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
+    """Lay the chunks out one after the other; their requests already hold the pages."""
+    batch = Batch()
+    for chunk in chunks:
+        request, end = chunk.request, chunk.start + chunk.count
+        table = request.block_table
+        batch.input_ids += request.token_ids[chunk.start : end]
+        batch.positions += range(chunk.start, end)
+        batch.slot_mapping += (
+            table[position // page_size] * page_size + position % page_size
+            for position in range(chunk.start, end)
+        )
+        batch.query_start_loc.append(len(batch.input_ids))
+        batch.seq_lens.append(end)
+        batch.block_tables.append(table[: -(-end // page_size)])
+        if chunk.samples:
+            batch.logits_rows.append(len(batch.input_ids) - 1)
+    return batch

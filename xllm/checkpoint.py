@@ -1,0 +1,180 @@
+"""A Hugging Face checkpoint: configuration, tokenizer, and tensors that are read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from xllm import demo
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: file, shape and dtype, read from the safetensors header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def resolve(model: str) -> Path:
+    """Directory of ``model``: ``demo``, a local directory, or a hub id (downloaded or cached)."""
+    if model == "demo":
+        return demo.CHECKPOINT
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"model {model!r} is no directory; accepted: a checkpoint directory, "
+                              "a hub id (owner/name), or demo")
+    return _download(model)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"model {hub_id!r} is no directory here and could not be fetched "
+                              f"from the hub: {reason}") from error
+
+
+def _read_header(file: Path) -> dict:
+    """The JSON header of a safetensors file, checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise CheckpointError(f"{file} is truncated: {size} bytes hold no complete header")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is no safetensors file: its header is no JSON") from error
+    end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise CheckpointError(f"{file} is truncated or padded: {size} bytes, "
+                              f"its header describes {8 + length + end}")
+    return header
+
+
+class Checkpoint:
+    """One checkpoint directory. Nothing but headers is read until a tensor is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} holds no config.json; a Hugging Face checkpoint has one")
+
+    @classmethod
+    def open(cls, model: str) -> Checkpoint:
+        """Open ``demo``, a directory or a hub id; raises :class:`CheckpointError`."""
+        return cls(resolve(model))
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration; code that comes with a checkpoint never runs."""
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.path / 'config.json'}: {reason}") from error
+
+    @cached_property
+    def tokenizer(self):  # noqa: ANN201 - a transformers tokenizer of whichever class
+        """The tokenizer, with its chat template."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:
+            raise CheckpointError(f"{self.path}: no usable tokenizer: "
+                                  f"{str(error).splitlines()[0]}") from error
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: generation_config.json, else config.json, else none."""
+        source = self.config.get_text_config().eos_token_id
+        if (self.path / "generation_config.json").is_file():
+            source = GenerationConfig.from_pretrained(self.path).eos_token_id or source
+        return frozenset([source] if isinstance(source, int) else source or ())
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the checkpoint, from the headers of its files."""
+        found = {}
+        for file in self._files():
+            for name, entry in _read_header(file).items():
+                if name != "__metadata__":
+                    dtype = DTYPES.get(entry["dtype"])
+                    if dtype is None:
+                        raise CheckpointError(f"{file}: tensor {name} has dtype {entry['dtype']}; "
+                                              f"accepted: {', '.join(DTYPES)}")
+                    found[name] = TensorInfo(file, tuple(entry["shape"]), dtype)
+        return found
+
+    def _files(self) -> list[Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        for name in names:
+            if not (self.path / name).is_file():
+                raise CheckpointError(f"{self.path} lacks the weight file {name}")
+        return [self.path / name for name in names]
+
+    def info(self, name: str) -> TensorInfo:
+        """Header entry of a tensor; raises :class:`CheckpointError` where it is missing."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} lacks the tensor {name}")
+        return self.tensors[name]
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor; raises :class:`CheckpointError`."""
+        info = self.info(name)
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                return file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype most of the weights are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for info in self.tensors.values():
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over config.json, and every weight file's name, header and sampled content.
+
+        64 KiB from the start, middle and end of each file's data: a retrained checkpoint of the
+        same shape differs there, and terabytes need not be read.
+        """
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in self._files():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as stream:
+                for offset in (0, size // 2, max(size - (1 << 16), 0)):
+                    stream.seek(offset)
+                    digest.update(stream.read(1 << 16))
+        return digest.hexdigest()

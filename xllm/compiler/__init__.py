@@ -1,0 +1,1 @@
+"""From a checkpoint to a Program, through the passes, to an artifact."""

@@ -1,0 +1,100 @@
+"""The bookkeeping around passes: clean-up, levels, counts, timing, snapshots, verification."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from xllm import levels
+from xllm.graph import Program, copy_program, placeholders
+from xllm.passes.core import Pass, PassContext
+from xllm.serialize import graph_text
+
+
+class PassError(RuntimeError):
+    """A pass that fired less often than the model says it must, or broke a rule."""
+
+
+@dataclass
+class PassRecord:
+    """What one pass did. ``snapshot`` is the program after it: piece → lines with module paths."""
+
+    name: str
+    level: str
+    sites: int
+    expected: int | None
+    milliseconds: float
+    nodes: int
+    snapshot: dict[str, list[tuple[str, str]]] = field(repr=False)
+    error: float | None = None
+
+
+def symbol_names(program: Program) -> dict[str, str]:
+    """The tracer's symbols by what they count: ``{"s77": "T", ...}``."""
+    from xllm.graph import INPUT_DIMS
+
+    names = {}
+    for name, dims in {**INPUT_DIMS, "pages": ("P",)}.items():
+        for size, dim in zip(program.inputs[name].shape, dims, strict=True):
+            if isinstance(dim, str) and dim != "S+1":
+                names[str(size)] = dim
+    return names
+
+
+def clean(program: Program) -> None:
+    """Drop dead nodes and unused placeholders; recompile the modules."""
+    for gm in program.pieces.values():
+        gm.graph.eliminate_dead_code()
+        for node in placeholders(gm):
+            if not node.users:
+                gm.graph.erase_node(node)
+        gm.recompile()
+
+
+def snapshot(program: Program) -> dict[str, list[tuple[str, str]]]:
+    """Readable lines of every piece."""
+    names = symbol_names(program)
+    return {piece: graph_text(gm, names) for piece, gm in program.pieces.items()}
+
+
+def run_pass(item: Pass, program: Program, ctx: PassContext, level: str) -> tuple[PassRecord, str]:
+    """Run one pass on ``program`` in place; returns its record and the new level."""
+    if level not in (item.before, item.after):
+        raise PassError(f"pass {item.name} wants level {item.before}, the program is at {level}")
+    start = time.perf_counter()
+    sites = item.apply(program, ctx)
+    elapsed = (time.perf_counter() - start) * 1e3
+    clean(program)
+    levels.verify(program, item.after, ctx.target.kernels)
+    expected = item.expected(ctx.facts, ctx)
+    record = PassRecord(item.name, item.after, sites, expected, elapsed, program.num_nodes(),
+                        snapshot(program))
+    if expected is not None and sites != expected:
+        raise PassError(f"pass {item.name} rewrote {sites} sites of {ctx.facts.architecture}, "
+                        f"expected {expected}")
+    return record, item.after
+
+
+Check = Callable[[Program, Program, PassContext, Pass], float]
+
+
+def run_pipeline(
+    program: Program, ctx: PassContext, table: tuple[Pass, ...],
+    check: Check | None = None, progress: Callable[[str], None] = lambda name: None,
+) -> list[PassRecord]:
+    """Run the table; ``check(before, after, ctx, pass)`` compares values and returns the error."""
+    clean(program)
+    levels.verify(program, "captured", ctx.target.kernels)
+    first = PassRecord("capture", "captured", 1, 1, 0.0, program.num_nodes(), snapshot(program))
+    records, level = [first], "captured"
+    for item in table:
+        progress(item.name)
+        before = copy_program(program) if check else None
+        record, level = run_pass(item, program, ctx, level)
+        if check and record.sites:
+            record.error = check(before, program, ctx, item)
+        records.append(record)
+    return records

@@ -1,0 +1,80 @@
+"""What a pass is: a function on a graph (or a program), how often it must fire, and its place.
+
+A pass module holds a function of the module's name and ``expected``; :func:`describe` reads both.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from xllm.graph import Program
+from xllm.targets import Target
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model from its configuration and module tree, without its graph."""
+
+    architecture: str
+    num_layers: int
+    num_norms: int
+    num_gated_mlps: int
+    num_qkv: int
+    qk_norm: bool
+    tied_embeddings: bool
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    num_linears: int
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Everything a pass may know besides the graph; ``inputs`` are fakes of the batch inputs."""
+
+    facts: ModelFacts
+    target: Target
+    dtype: torch.dtype
+    page_size: int
+    inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One row of the pipeline table.
+
+    ``run`` edits one piece (``scope`` "graph") or the whole program ("program") and returns the
+    number of sites rewritten; ``expected`` tells how many that must be over the unrolled model,
+    or None where it cannot be known; ``before`` and ``after`` are graph levels.
+    """
+
+    name: str
+    run: Callable[..., int]
+    expected: Callable[[ModelFacts, PassContext], int | None]
+    scope: str
+    before: str
+    after: str
+    doc: str
+
+    def apply(self, program: Program, ctx: PassContext) -> int:
+        """Run on every piece, or on the program; sites counted once per call of their piece."""
+        if self.scope == "program":
+            return self.run(program, ctx)
+        return sum(self.run(gm, ctx) * program.calls(name) for name, gm in program.pieces.items())
+
+
+def describe(module: ModuleType) -> Pass:
+    """The :class:`Pass` of a pass module; its docstring must have a line ``Level: a -> b.``"""
+    name = module.__name__.rsplit(".", 1)[-1]
+    doc = inspect.getdoc(module) or ""
+    level = next(line for line in doc.splitlines() if line.startswith("Level: "))
+    before, after = level.removeprefix("Level: ").split(".")[0].split(" -> ")
+    run = vars(module)[name]
+    first = next(iter(inspect.signature(run).parameters))
+    scope = {"gm": "graph", "program": "program"}[first]
+    return Pass(name, run, module.expected, scope, before, after, doc)

@@ -1,0 +1,1 @@
+"""KV cache memory: which request holds which page."""
