@@ -9,8 +9,10 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from xllm.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot be used; the message names it, its value and what is accepted."""
 
 

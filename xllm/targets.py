@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from xllm.errors import UserError
 
-class UnknownTarget(ValueError):
+
+DTYPES = {str(d).removeprefix("torch."): d
+          for d in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)}
+
+
+class UnknownTarget(UserError, ValueError):
     """A target, backend or dtype that the table does not have."""
 
 

@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import xllm.ops  # noqa: F401 - declares torch.ops.xllm
+from xllm.errors import UserError
 from xllm.graph import INPUT_DIMS, INPUT_DTYPES, SYMBOLS, Call, Constant, Input, Program, Weight
 from xllm.passes.core import ModelFacts
 from xllm.weights import Leaf
@@ -24,7 +25,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 SAMPLE = {"T": 7, "S": 3, "M": 5, "R": 4, "P": 11, "S+1": 4}
 
 
-class CaptureError(ValueError):
+class CaptureError(UserError, ValueError):
     """A model that cannot be captured; names the module and what is supported."""
 
 

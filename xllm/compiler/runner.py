@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from xllm import levels
+from xllm.errors import UserError
 from xllm.graph import Program, copy_program, placeholders
 from xllm.passes.core import Pass, PassContext
 from xllm.serialize import graph_text
 
 
-class PassError(RuntimeError):
+class PassError(UserError, RuntimeError):
     """A pass that fired less often than the model says it must, or broke a rule."""
 
 

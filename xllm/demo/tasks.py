@@ -132,10 +132,11 @@ def subtract(rng: Random) -> Item:
 
 
 def _random_word(rng: Random) -> str:
-    """3 to 8 letters: random letters, random syllables, or a word from the lists."""
+    """3 to 8 letters: random letters, few or many, random syllables, or a word from the lists."""
     kind = rng.random()
     if kind < 0.4:
-        word = "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(3, 7)))
+        letters = rng.sample(string.ascii_lowercase, rng.choice((2, 3, 4, 26, 26, 26)))
+        word = "".join(rng.choices(letters, k=rng.randint(3, 7)))
     elif kind < 0.65:
         word = "".join(rng.choice(words.SYLLABLES) for _ in range(rng.randint(2, 3)))[:8]
     elif kind < 0.95:

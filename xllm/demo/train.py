@@ -9,11 +9,18 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from xllm.demo import tasks
 from xllm.demo.evaluate import accuracy
@@ -32,6 +39,20 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You are helpful.", "Be brief.", "Answer the question.",
     "You are a tiny demo model.",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one training run is told; see `--help`."""
+
+    out: Path
+    start: Path | None
+    steps: int
+    minutes: float
+    rate: float
+    seed: int
+    every: int
+    threads: int
 
 
 class Chats:
@@ -114,9 +135,9 @@ def build_optimizers(model: Qwen3ForCausalLM, rate: float) -> list[torch.optim.O
     ]
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over 50 steps, then a cosine down to nothing."""
-    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def rate_factor(step: int, progress: float) -> float:
+    """Linear warm-up over 50 steps, and a cosine down to nothing as `progress` goes to 1."""
+    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -132,17 +153,27 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def train(out: Path, steps: int, rate: float, seed: int, every: int) -> None:
-    """Train for `steps` steps; evaluate and write the checkpoint every `every` and at the end."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(seed)
-    model, chats = build_model(tokenizer), Chats(tokenizer, seed)
+def load_or_build(options: Options) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """The checkpoint to go on from, else a fresh model with a tokenizer trained for it."""
+    if options.start:
+        model = Qwen3ForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(options.start)
+    tokenizer = build_tokenizer(options.seed)
+    return build_model(tokenizer), tokenizer
+
+
+def train(options: Options) -> None:
+    """Train, writing and evaluating the checkpoint now and then and at the end."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    model, tokenizer = load_or_build(options)
+    chats = Chats(tokenizer, options.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    optimizers = build_optimizers(model, rate)
-    started = time.monotonic()
-    for step in range(steps):
+    optimizers = build_optimizers(model, options.rate)
+    started, step, progress = time.monotonic(), 0, 0.0
+    while progress < 1:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate * rate_factor(step, steps)
+            group["lr"] = options.rate * rate_factor(step, progress)
         ids, labels = chats.batch()
         loss = model.train()(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -150,26 +181,27 @@ def train(out: Path, steps: int, rate: float, seed: int, every: int) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        step, seconds = step + 1, time.monotonic() - started
+        progress = max(step / options.steps, seconds / (60 * options.minutes))
         if step % 20 == 0:
-            seconds = time.monotonic() - started
             print(f"step {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            save(model, tokenizer, out)
-            print(step + 1, accuracy(model, tokenizer, limit=100), flush=True)
+        if step % options.every == 0 or progress >= 1:
+            save(model, tokenizer, options.out)
+            print(step, accuracy(model, tokenizer, limit=100), flush=True)
 
 
 def main() -> None:
     """Parse the options and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--start", type=Path, help="checkpoint to go on from")
+    parser.add_argument("--steps", type=int, default=2000, help="train for so many steps")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="but no longer than this")
     parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=300, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    train(options.out, options.steps, options.rate, options.seed, options.every)
+    train(Options(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

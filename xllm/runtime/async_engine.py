@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +15,8 @@ from xllm.runtime.engine import Engine, EngineDeadError
 from xllm.runtime.outputs import Delta, FinishReason
 from xllm.runtime.request import Prompt
 from xllm.runtime.sampling_params import RequestError, SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 class Generation:
@@ -125,6 +128,13 @@ class AsyncEngine:
             if delta.finish_reason is not None:
                 del self._generations[delta.request_id]
 
+    def _end_all(self) -> None:
+        """On the event loop, once the thread is over: nobody waits for what will not come."""
+        self._closing = True
+        reason = str(self.engine.failure)
+        self._dispatch([Delta(name, finish_reason=FinishReason.ERROR, error=reason)
+                        for name in self._generations])
+
     # What follows runs on the engine's thread.
 
     def _run(self) -> None:
@@ -133,8 +143,12 @@ class AsyncEngine:
                 self._make_calls()
                 if self.engine.has_work():
                     self._publish(self.engine.step())
+        except Exception as error:
+            log.exception("the engine's thread failed")
+            self.engine.fail(error)
         finally:
-            self._publish(self.engine.fail(EngineDeadError("the engine was stopped")))
+            self.engine.fail(EngineDeadError("the engine was stopped"))
+            self._call_back(self._end_all)
 
     def _draining(self, deadline: float) -> bool:
         return self.engine.has_work() and time.monotonic() < deadline
@@ -161,5 +175,10 @@ class AsyncEngine:
             self._publish([delta])
 
     def _publish(self, deltas: Sequence[Delta]) -> None:
-        if deltas and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._dispatch, deltas)
+        if deltas:
+            self._call_back(partial(self._dispatch, deltas))
+
+    def _call_back(self, call: Callable[[], None]) -> None:
+        """Have ``call`` made on the event loop, unless that has ended without a ``stop``."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)

@@ -13,6 +13,9 @@ from torch import Tensor
 from xllm.runtime.sampling_params import SamplingParams
 
 
+NUCLEUS_GUESS = 256  # top-p mostly keeps fewer tokens than this
+
+
 class SamplingError(RuntimeError):
     """A row from which no token can be chosen."""
 
@@ -71,32 +74,36 @@ class Sampler:
 
 def draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Sample one row: temperature, min-p, top-k, top-p, in vLLM's order, then one uniform draw."""
-    probs_C, tokens_C = _candidates(logits_V, params)
-    cumulative_C = probs_C.cumsum(0)
+    weights_V = ((logits_V - logits_V.max()) / params.temperature).exp()  # the likeliest has 1
+    weights_V = torch.where(weights_V < params.min_p, 0.0, weights_V)
+    size = len(weights_V) if params.top_k is None else min(params.top_k, len(weights_V))
     if params.top_p < 1:
-        kept = int((cumulative_C - probs_C < params.top_p * cumulative_C[-1]).sum())
-        cumulative_C = cumulative_C[:kept]
+        weights_C, tokens_C = _nucleus(weights_V, size, params.top_p)
+    elif size < len(weights_V):
+        weights_C, tokens_C = weights_V.topk(size)
+    else:
+        weights_C, tokens_C = weights_V, torch.arange(size, device=weights_V.device)
+    cumulative_C = weights_C.cumsum(0, dtype=torch.float64)
     uniform = torch.rand((), dtype=torch.float64, generator=generator)
-    position = torch.searchsorted(cumulative_C, uniform * cumulative_C[-1], right=True)
-    return int(tokens_C[min(int(position), len(cumulative_C) - 1)])
+    drawn = uniform.to(cumulative_C.device) * cumulative_C[-1]
+    return int(tokens_C[int((cumulative_C <= drawn).sum())])
 
 
-def _candidates(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Unnormalised probabilities (float64) and ids of the tokens that top-k and min-p leave.
+def _nucleus(weights_V: Tensor, size: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """The fewest of the ``size`` likeliest tokens that hold ``top_p`` of their weight.
 
-    Ordered from the likeliest on if top-k or top-p asks for it. The largest is 1, so that
-    ``exp`` cannot overflow at any temperature.
+    Weights and ids, likeliest first; sorts no more of the vocabulary than it takes.
     """
-    scaled_V = logits_V.double()
-    scaled_V = (scaled_V - scaled_V.max()) / params.temperature
-    tokens_C = torch.arange(len(scaled_V))
-    if params.top_k is not None and params.top_k < len(scaled_V):
-        scaled_V, tokens_C = scaled_V.topk(params.top_k)
-    elif params.top_p < 1:
-        scaled_V, tokens_C = scaled_V.sort(descending=True, stable=True)
-    probs_C = scaled_V.exp()
-    kept_C = (probs_C > 0) & (probs_C >= params.min_p)
-    return probs_C[kept_C], tokens_C[kept_C]
+    whole = size == len(weights_V)
+    total = float((weights_V if whole else weights_V.topk(size).values).sum(dtype=torch.float64))
+    tried = min(NUCLEUS_GUESS, size)
+    while True:
+        weights_C, tokens_C = weights_V.topk(tried)
+        before_C = weights_C.cumsum(0, dtype=torch.float64) - weights_C
+        kept = int((before_C < top_p * total).sum())
+        if kept < tried or tried == size:
+            return weights_C[:kept], tokens_C[:kept]
+        tried = min(tried * 16, size)
 
 
 def alternatives(logits_V: Tensor, token_id: int, count: int) -> tuple[Alternative, ...]:

@@ -11,6 +11,7 @@ MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 SEED_RANGE = 1 << 63
+GREEDY_BELOW = 1e-5
 
 
 class RequestError(ValueError):
@@ -93,8 +94,8 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0
+        """Whether the likeliest token is always taken; as in vLLM, nearly 0 counts as 0."""
+        return self.temperature < GREEDY_BELOW
 
     def for_choice(self, index: int) -> SamplingParams:
         """Params of the ``index``-th of ``n`` answers: one answer, with a seed of its own."""

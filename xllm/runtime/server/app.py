@@ -55,7 +55,7 @@ class Service:
         """Status 200 while requests are served, 503 once the engine is dead."""
         if self._engine.healthy:
             return JSONResponse({"status": "ok"})
-        reason = f"the engine is dead: {self._engine.engine.failure!r}"
+        reason = str(self._engine.engine.failure)
         return JSONResponse({"status": "dead", "reason": reason}, 503)
 
     async def models(self) -> Json:

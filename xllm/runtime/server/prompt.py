@@ -33,7 +33,18 @@ def chat_prompt(
             conversation, tokenize=False, add_generation_prompt=True, **extra)
     except (TemplateError, TypeError, ValueError) as error:
         raise RequestError(f"the chat template refuses these messages: {error}", "messages")
-    return Prompt(tokenizer.encode(text, add_special_tokens=False), params, text)
+    token_ids = _encode(tokenizer, text, "messages", add_special_tokens=False)
+    return Prompt(token_ids, params, text)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, text: str, param: str, add_special_tokens: bool
+) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{param} is not valid Unicode: {error.reason}", param)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 def _turn(message: Message) -> dict[str, str]:
@@ -61,7 +72,7 @@ def _completion_prompt(
     tokenizer: PreTrainedTokenizerFast, item: str | list[int], params: SamplingParams, echo: bool
 ) -> Prompt:
     if isinstance(item, str):
-        return Prompt(tokenizer.encode(item), params, item)
+        return Prompt(_encode(tokenizer, item, "prompt", add_special_tokens=True), params, item)
     size = len(tokenizer)
     if echo and all(0 <= token_id < size for token_id in item):
         return Prompt(item, params, tokenizer.decode(item))

@@ -12,7 +12,6 @@ from xllm.runtime.outputs import CompletionOutput, Delta, Logprob
 from xllm.runtime.request import Prompt
 
 Json = dict[str, Any]
-TokenLogprobs = tuple[int, Mapping[int, Logprob]]
 
 
 class Reply(ABC):
@@ -73,13 +72,14 @@ class ChatReply(Reply):
 
     def __init__(self, model: str, prompt: Prompt) -> None:
         super().__init__("chatcmpl", model, [prompt])
+        self._top = prompt.params.logprobs or 0
 
     def choice(self, output: CompletionOutput) -> Json:
         """A message with its finish reason and logprobs."""
         return {
             "index": output.index,
             "message": {"role": "assistant", "content": output.text},
-            "logprobs": _chat_logprobs(output.token_ids, output.logprobs),
+            "logprobs": _chat_logprobs(output.token_ids, output.logprobs, self._top),
             "finish_reason": output.finish_reason,
         }
 
@@ -97,7 +97,7 @@ class ChatReply(Reply):
         return {
             "index": answer,
             "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": _chat_logprobs(delta.token_ids, delta.logprobs),
+            "logprobs": _chat_logprobs(delta.token_ids, delta.logprobs, self._top),
             "finish_reason": delta.finish_reason,
         }
 
@@ -144,25 +144,27 @@ class CompletionReply(Reply):
 
 
 def _chat_logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]] | None
+    token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]] | None, top: int
 ) -> Json | None:
     if logprobs is None:
         return None
-    return {"content": [_chat_token(pair) for pair in zip(token_ids, logprobs)], "refusal": None}
+    tokens = [_chat_token(entry, chosen, top) for chosen, entry in zip(token_ids, logprobs)]
+    return {"content": tokens, "refusal": None}
 
 
-def _chat_token(pair: TokenLogprobs) -> Json:
-    token_id, entry = pair
-    alternatives = list(entry.values())
-    if len(alternatives) > 1 and alternatives[0].rank >= len(alternatives):
-        alternatives = alternatives[1:]  # chosen, but not among the likeliest
-    alternatives.sort(key=lambda logprob: logprob.rank)
-    return {**_named(entry[token_id]), "top_logprobs": [_named(item) for item in alternatives]}
+def _chat_token(entry: Mapping[int, Logprob], chosen: int, top: int) -> Json:
+    likeliest = sorted(entry.values(), key=lambda item: item.rank)[:top]
+    return {**_named(entry[chosen]), "top_logprobs": [_named(item) for item in likeliest]}
 
 
-def _named(logprob: Logprob) -> Json:
-    token = logprob.decoded_token
-    return {"token": token, "logprob": logprob.logprob, "bytes": list(token.encode())}
+def _named(item: Logprob) -> Json:
+    token = item.decoded_token
+    return {"token": token, "logprob": _finite(item.logprob), "bytes": list(token.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; -9999 is what vLLM says for a token that cannot come."""
+    return max(logprob, -9999.0)
 
 
 def _text_logprobs(
@@ -177,8 +179,10 @@ def _text_logprobs(
         offset += len(item.decoded_token)
     return {
         "tokens": [item.decoded_token for item in chosen],
-        "token_logprobs": [item.logprob for item in chosen],
+        "token_logprobs": [_finite(item.logprob) for item in chosen],
         "top_logprobs": [
-            {item.decoded_token: item.logprob for item in entry.values()} for entry in logprobs],
+            {item.decoded_token: _finite(item.logprob) for item in entry.values()}
+            for entry in logprobs
+        ],
         "text_offset": offsets,
     }

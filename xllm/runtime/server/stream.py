@@ -30,16 +30,17 @@ def _event(body: Json) -> str:
 
 async def events(generation: Generation, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
     """The stream's events; every delta with text, logprobs or an end makes one."""
-    for answer in range(generation.size):
-        opening = reply.opening(answer)
-        if opening is not None:
-            yield _event(reply.chunk([opening]))
+    opened: set[int] = set()
     tokens = 0
     async for answer, delta in generation:
         if delta.finish_reason is FinishReason.ERROR:
             yield f"data: {error_body(str(delta.error), 'server_error')}\n\n"
             break
         tokens += len(delta.token_ids)
+        opening = None if answer in opened else reply.opening(answer)
+        opened.add(answer)
+        if opening is not None:
+            yield _event(reply.chunk([opening]))
         if delta.text or delta.logprobs or delta.finish_reason is not None:
             yield _event(reply.chunk([reply.piece(answer, delta)]))
     else:

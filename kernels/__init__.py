@@ -1,0 +1,17 @@
+"""Hand-written kernels for ops of ``torch.ops.xllm``, bound late by (op, target).
+
+A kernel has a reference (the op's, in ``xllm/ops``), a tolerance (the op's) and a bench
+(``bench/kernels.py``). Nothing here runs at import.
+"""
+
+from __future__ import annotations
+
+# op → C++ source in ``cpu/`` that implements it on CPU tensors.
+CPU_SOURCES: dict[str, str] = {
+    "packed_linear": "linear.cpp",
+    "packed_embedding": "linear.cpp",
+    "kv_write": "kv_write.cpp",
+    "qk_norm_rope_kv_write": "kv_write.cpp",
+    "paged_attention": "attention.cpp",
+}
+CPU_KERNELS: frozenset[str] = frozenset(CPU_SOURCES)

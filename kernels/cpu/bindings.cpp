@@ -1,0 +1,223 @@
+// torch.ops.xllm on CPU tensors: checks of the arguments, then the kernels.
+//
+// The only file that needs torch's large headers: they cost more compile time than all kernels.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+#define REQUIRE(condition, op, ...) TORCH_CHECK(condition, "xllm::", op, ": ", __VA_ARGS__)
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+const T* data_or_null(const MaybeTensor& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+// Call run(zero) with a zero of the tensor's element type.
+template <class Run>
+auto by_dtype(const char* op, const char* name, const Tensor& t, const Run& run) {
+  REQUIRE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, op, name, " is ",
+        t.scalar_type(), "; the CPU kernel takes bfloat16 or float32");
+  return t.scalar_type() == at::kBFloat16 ? run(xllm::bf16{}) : run(0.f);
+}
+
+// `name` has x's dtype and the sizes given; -1 takes any.
+void expect(const char* op, const char* name, const Tensor& t, at::ScalarType dtype,
+            at::IntArrayRef sizes) {
+  bool fits = t.dim() == int64_t(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); i++) fits = sizes[i] < 0 || t.size(i) == sizes[i];
+  REQUIRE(t.scalar_type() == dtype && fits, op, name, " is ", t.scalar_type(), t.sizes(),
+        "; expected ", dtype, sizes, " (-1: any)");
+}
+
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                     int64_t rows) {
+  const char* op = "packed_linear";
+  REQUIRE(x.dim() >= 1, op, "x has no dimension; expected [..., K]");
+  int64_t k = x.size(-1);
+  REQUIRE(k >= 2 && k % 2 == 0, op, "x has ", k, " columns; expected an even number");
+  REQUIRE(rows >= 1, op, "rows is ", rows, "; expected 1 or more");
+  expect(op, "weight", weight, x.scalar_type(), {xllm::divide_up(rows, 32), k / 2, 32, 2});
+  if (bias) expect(op, "bias", *bias, x.scalar_type(), {rows});
+  Tensor input = x.contiguous(), packed = weight.contiguous();
+  MaybeTensor added = bias ? MaybeTensor(bias->contiguous()) : MaybeTensor();
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = rows;
+  Tensor out = at::empty(sizes, x.options());
+  return by_dtype(op, "x", x, [&](auto zero) {
+    using T = decltype(zero);
+    xllm::packed_linear({data<T>(input), data<T>(packed), data_or_null<T>(added), data<T>(out),
+                         input.numel() / k, rows, k});
+    return out;
+  });
+}
+
+Tensor packed_embedding(const Tensor& weight, const Tensor& ids) {
+  const char* op = "packed_embedding";
+  expect(op, "weight", weight, weight.scalar_type(), {-1, -1, 32, 2});
+  REQUIRE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op, "ids is ",
+        ids.scalar_type(), "; expected int64 or int32");
+  Tensor index = ids.to(at::kLong).contiguous(), packed = weight.contiguous();
+  const int64_t* first = data<int64_t>(index);
+  for (int64_t i = 0; i < index.numel(); i++)
+    REQUIRE(first[i] >= 0 && first[i] < weight.size(0) * 32, op, "ids contains ", first[i],
+          "; expected 0 to ", weight.size(0) * 32 - 1);
+  std::vector<int64_t> sizes = ids.sizes().vec();
+  sizes.push_back(weight.size(1) * 2);
+  Tensor out = at::empty(sizes, weight.options());
+  return by_dtype(op, "weight", weight, [&](auto zero) {
+    using T = decltype(zero);
+    xllm::packed_embedding(data<T>(packed), first, data<T>(out), index.numel(), sizes.back());
+    return out;
+  });
+}
+
+// Checks that a page is contiguous, which keys of one head then are.
+template <class T, class Element>
+xllm::Cache<T> view_cache(const char* op, const Tensor& cache) {
+  expect(op, "kv_cache", cache, cache.scalar_type(), {-1, 2, -1, -1, -1});
+  bool contiguous = cache.size(0) < 1 || cache[0].is_contiguous();
+  REQUIRE(contiguous, op, "kv_cache has strides ", cache.strides(), "; pages must be contiguous");
+  return {data<Element>(cache), cache.size(0), cache.size(2), cache.size(3), cache.size(4),
+          cache.stride(0)};
+}
+
+Tensor check_slots(const char* op, const Tensor& slots, const Tensor& cache, int64_t tokens) {
+  expect(op, "slot_mapping", slots, at::kLong, {tokens});
+  Tensor result = slots.contiguous();
+  int64_t limit = cache.size(0) * cache.size(3);
+  for (int64_t i = 0; i < tokens; i++)
+    REQUIRE(data<int64_t>(result)[i] >= 0 && data<int64_t>(result)[i] < limit, op,
+          "slot_mapping contains ", data<int64_t>(result)[i], "; expected 0 to ", limit - 1);
+  return result;
+}
+
+void kv_write(const Tensor& k, const Tensor& v, Tensor kv_cache, const Tensor& slot_mapping) {
+  const char* op = "kv_write";
+  by_dtype(op, "kv_cache", kv_cache, [&](auto zero) {
+    using T = decltype(zero);
+    auto cache = view_cache<T, T>(op, kv_cache);
+    expect(op, "k", k, kv_cache.scalar_type(), {-1, cache.groups, cache.dim});
+    expect(op, "v", v, kv_cache.scalar_type(), {k.size(0), cache.groups, cache.dim});
+    auto dense = [](const Tensor& t) {
+      return t.size(0) < 1 || t[0].is_contiguous() ? t : t.contiguous();
+    };
+    Tensor slots = check_slots(op, slot_mapping, kv_cache, k.size(0));
+    Tensor keys = dense(k), values = dense(v);
+    xllm::kv_write<T>({data<T>(keys), data<T>(values), keys.stride(0), values.stride(0), cache,
+                       data<int64_t>(slots), k.size(0)});
+  });
+}
+
+Tensor qk_norm_rope_kv_write(const Tensor& qkv, const MaybeTensor& q_norm,
+                             const MaybeTensor& k_norm, double eps, const Tensor& cos,
+                             const Tensor& sin, Tensor kv_cache, const Tensor& slot_mapping) {
+  const char* op = "qk_norm_rope_kv_write";
+  return by_dtype(op, "qkv", qkv, [&](auto zero) {
+    using T = decltype(zero);
+    auto dtype = qkv.scalar_type();
+    auto cache = view_cache<T, T>(op, kv_cache);
+    int64_t groups = cache.groups, dim = cache.dim;
+    expect(op, "kv_cache", kv_cache, dtype, {-1, 2, -1, -1, -1});
+    expect(op, "qkv", qkv, dtype, {-1, -1});
+    int64_t tokens = qkv.size(0), heads = qkv.size(1) / dim - 2 * groups;
+    REQUIRE(heads > 0 && qkv.size(1) % dim == 0 && dim % 2 == 0, op, "qkv has ", qkv.size(1),
+          " columns; expected (H + 2 * ", groups, ") * ", dim);
+    expect(op, "cos", cos, dtype, {tokens, dim});
+    expect(op, "sin", sin, dtype, {tokens, dim});
+    REQUIRE(q_norm.has_value() == k_norm.has_value(), op, "q_norm and k_norm: both or neither");
+    if (q_norm) expect(op, "q_norm", *q_norm, dtype, {dim});
+    if (k_norm) expect(op, "k_norm", *k_norm, dtype, {dim});
+    Tensor rows = qkv.stride(1) == 1 ? qkv : qkv.contiguous();
+    Tensor slots = check_slots(op, slot_mapping, kv_cache, tokens);
+    Tensor cosines = cos.contiguous(), sines = sin.contiguous();
+    Tensor out = at::empty({tokens, heads, dim}, qkv.options());
+    xllm::qk_norm_rope_kv_write<T>(
+        {data<T>(rows), rows.stride(0), heads, data_or_null<T>(q_norm), data_or_null<T>(k_norm),
+         float(eps), data<T>(cosines), data<T>(sines), data<T>(out), cache,
+         data<int64_t>(slots), tokens});
+    return out;
+  });
+}
+
+// Every index that the kernel follows is in range: a wrong one must not read foreign memory.
+template <class T>
+void check_batch(const char* op, const xllm::Attention<T>& p) {
+  int32_t before = p.starts[0];
+  REQUIRE(before >= 0, op, "query_start_loc starts at ", before, "; expected 0 or more");
+  for (int64_t s = 0; s < p.sequences; s++) {
+    int64_t count = p.new_tokens(s), length = p.lengths[s];
+    REQUIRE(count >= 0 && p.starts[s + 1] <= p.tokens, op, "query_start_loc goes from ",
+          p.starts[s], " to ", p.starts[s + 1], "; expected ascending, at most ", p.tokens);
+    if (count == 0) continue;
+    int64_t pages = xllm::divide_up(length, p.cache.page_size);
+    REQUIRE(length >= count && pages <= p.table_width, op, "seq_lens contains ", length,
+          "; expected ", count, " to ", p.table_width * p.cache.page_size);
+    for (int64_t i = 0; i < pages; i++) {
+      int64_t page = p.table[s * p.table_width + i];
+      REQUIRE(page >= 0 && page < p.cache.pages, op, "block_table contains page ", page,
+            "; expected 0 to ", p.cache.pages - 1);
+    }
+  }
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                       const Tensor& query_start_loc, const Tensor& seq_lens, double scale,
+                       std::optional<int64_t> window, std::optional<double> softcap,
+                       const MaybeTensor& sinks) {
+  const char* op = "paged_attention";
+  return by_dtype(op, "q", q, [&](auto zero) {
+    using T = decltype(zero);
+    auto cache = view_cache<const T, T>(op, kv_cache);
+    expect(op, "kv_cache", kv_cache, q.scalar_type(), {-1, 2, -1, -1, -1});
+    expect(op, "q", q, q.scalar_type(), {-1, -1, cache.dim});
+    expect(op, "seq_lens", seq_lens, at::kInt, {-1});
+    int64_t sequences = seq_lens.size(0), heads = q.size(1);
+    expect(op, "query_start_loc", query_start_loc, at::kInt, {sequences + 1});
+    expect(op, "block_table", block_table, at::kInt, {sequences, -1});
+    REQUIRE(cache.groups > 0 && heads % cache.groups == 0, op, "q has ", heads,
+          " heads; expected a multiple of ", cache.groups);
+    REQUIRE(cache.dim % 8 == 0 && cache.dim <= xllm::MAX_DIM, op, "head size ", cache.dim,
+          "; expected a multiple of 8 up to ", xllm::MAX_DIM);
+    REQUIRE(!window || *window > 0, op, "window is ", window.value_or(0), "; expected 1 or more");
+    REQUIRE(!softcap || *softcap > 0, op, "softcap is ", softcap.value_or(0), "; expected > 0");
+    MaybeTensor logits;
+    if (sinks) logits = sinks->to(at::kFloat).contiguous();
+    if (logits) expect(op, "sinks", *logits, at::kFloat, {heads});
+    Tensor queries = q.contiguous(), table = block_table.contiguous();
+    Tensor starts = query_start_loc.contiguous(), lengths = seq_lens.contiguous();
+    Tensor out = at::empty(q.sizes(), q.options());
+    xllm::Attention<T> problem{
+        data<T>(queries), data<T>(out), cache, data<int32_t>(table), data<int32_t>(starts),
+        data<int32_t>(lengths), data_or_null<float>(logits), sequences, q.size(0), heads,
+        table.size(1), window.value_or(std::numeric_limits<int64_t>::max()), float(scale),
+        float(softcap.value_or(0))};
+    check_batch(op, problem);
+    xllm::paged_attention(problem);
+    return out;
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(xllm, CPU, m) {
+  m.impl("packed_linear", TORCH_FN(packed_linear));
+  m.impl("packed_embedding", TORCH_FN(packed_embedding));
+  m.impl("kv_write", TORCH_FN(kv_write));
+  m.impl("qk_norm_rope_kv_write", TORCH_FN(qk_norm_rope_kv_write));
+  m.impl("paged_attention", TORCH_FN(paged_attention));
+}

@@ -1,0 +1,140 @@
+"""The artifact: a directory with everything ``xllm run`` needs except the checkpoint's weights.
+
+    manifest.json    factors of the key, pieces, schedule, buckets, memory plan, pass records
+    graphs/          one readable file per pass and piece, and the lowered graphs as JSON
+    report/          the passes side by side, for a browser
+    weights/         recipe.json, constants.safetensors
+    blobs/<sha256>   compiled code
+
+Every file is listed in the manifest with its sha256 and is checked before use. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from xllm.errors import UserError
+
+SCHEMA = 1
+
+
+class ArtifactError(UserError, RuntimeError):
+    """An artifact that cannot be used; names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Something that, when it differs, makes another artifact; with the reason it is listed."""
+
+    value: object
+    reason: str
+
+
+def key_of(factors: dict[str, Factor]) -> str:
+    """sha256 over the factors' names and values: the artifact's identity."""
+    text = json.dumps({name: f.value for name, f in sorted(factors.items())}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_dir() -> Path:
+    """Where artifacts without ``-o`` live: ``$XLLM_CACHE`` or the user's cache directory."""
+    base = os.environ.get("XLLM_CACHE")
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xllm"
+    return Path(base) if base else default
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class ArtifactWriter:
+    """Builds an artifact in a directory beside its destination and moves it there when whole."""
+
+    def __init__(self, destination: Path) -> None:
+        self.destination = destination
+        self.path = destination.with_name(f".{destination.name}.{os.getpid()}.part")
+        shutil.rmtree(self.path, ignore_errors=True)
+        for folder in ("graphs", "report", "weights", "blobs"):
+            (self.path / folder).mkdir(parents=True)
+
+    def text(self, name: str, content: str) -> None:
+        """Write a text file at ``name``."""
+        file = self.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+
+    def blob(self, file: Path) -> str:
+        """Take a file into ``blobs/``; returns its name there."""
+        digest = sha256(file)
+        shutil.copyfile(file, self.path / "blobs" / digest)
+        return f"blobs/{digest}"
+
+    def commit(self, manifest: dict) -> None:
+        """Write the manifest and move the artifact to its destination."""
+        files = {str(f.relative_to(self.path)): sha256(f)
+                 for f in sorted(self.path.rglob("*")) if f.is_file()}
+        body = {"schema": SCHEMA, **manifest, "files": files}
+        self.text("manifest.json", json.dumps(body, indent=1, sort_keys=True))
+        if self.destination.exists():
+            shutil.rmtree(self.destination)
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        self.path.rename(self.destination)
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Artifact:
+    """An artifact on disk, opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @staticmethod
+    def is_artifact(path: Path) -> bool:
+        """Whether a directory looks like one."""
+        return (path / "manifest.json").is_file()
+
+    @cached_property
+    def manifest(self) -> dict:
+        """The manifest; raises :class:`ArtifactError` where it is missing, corrupt or foreign."""
+        file = self.path / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text())
+            schema = manifest["schema"]
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{self.path} is no artifact: it has no manifest.json") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{file} is corrupt ({error}); compile again") from error
+        if schema != SCHEMA:
+            raise ArtifactError(f"{file} has schema {schema}, this version reads {SCHEMA}; "
+                                "compile again")
+        return manifest
+
+    def file(self, name: str) -> Path:
+        """A listed file, its content checked against the manifest."""
+        expected = self.manifest["files"].get(name)
+        file = self.path / name
+        if expected is None or not file.is_file():
+            raise ArtifactError(f"{self.path} lacks {name}; compile again")
+        if sha256(file) != expected:
+            raise ArtifactError(f"{file} is corrupt: its sha256 is not the manifest's; "
+                                "compile again")
+        return file
+
+    def json(self, name: str) -> object:
+        """A listed JSON file, checked and parsed."""
+        return json.loads(self.file(name).read_text())
+
+    def factor(self, name: str) -> object:
+        """Value of one key factor."""
+        return self.manifest["factors"][name]["value"]

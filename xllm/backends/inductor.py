@@ -1,0 +1,114 @@
+"""The Inductor backend: AOTInductor packages, weights passed as arguments.
+
+A package is a pure function of its placeholders: one package serves every layer that is alike,
+with that layer's weights. Custom kernels are called through the dispatcher, in place.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from xllm.backends.base import BackendError, BuildOptions, Compiled
+from xllm.graph import copy_graph, placeholders
+from xllm.torch_private import aoti_compile, aoti_load
+
+OPTIONS = {
+    "cpp.dynamic_threads": True,  # the package runs on any number of cores
+    "aot_inductor.use_minimal_arrayref_interface": False,
+}
+
+
+#: Vector features that code compiled for a machine may use (compilers take what they find).
+_FEATURE = re.compile(r"(avx|amx|fma|f16c|bmi|sse4|asimd|sve|i8mm|bf16)\w*")
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """This machine's vector features as the kernel lists them; empty where it lists none."""
+    if not cpuinfo.is_file():
+        return []
+    lines = cpuinfo.read_text().splitlines()
+    flags = next((x for x in lines if x.startswith(("flags", "Features"))), ":")
+    return sorted(f for f in flags.split(":", 1)[1].split() if _FEATURE.fullmatch(f))
+
+
+def example(node: fx.Node, sizes: dict[str, int], names: dict[str, str]) -> Tensor:
+    """An uninitialised tensor of a placeholder's dtype and shape; memory is not touched."""
+    val = node.meta["val"]
+    return torch.empty([_size(d, sizes, names) for d in val.shape], dtype=val.dtype)
+
+
+def _size(dim: int | torch.SymInt, sizes: dict[str, int], names: dict[str, str]) -> int:
+    if isinstance(dim, int):
+        return dim
+    expression = dim.node.expr
+    values = {s: sizes[names[str(s)]] for s in expression.free_symbols}
+    return int(expression.subs(values))
+
+
+class InductorBackend:
+    """See the module."""
+
+    name = "inductor"
+
+    def host_factors(self) -> dict[str, object]:
+        """The torch build and the vector instructions."""
+        return {"torch": torch.__version__, "cpu_features": cpu_features()}
+
+    def missing(self, factor: str, built: object) -> str:
+        """The torch version if it is another one, or the lacking vector instructions."""
+        here = self.host_factors()[factor]
+        if factor == "cpu_features":
+            return ", ".join(sorted(set(built) - set(here)))
+        return "" if built == here else str(built)
+
+    def build(self, piece: fx.GraphModule, options: BuildOptions, out: Path) -> None:
+        """Compile one piece; raises :class:`BackendError`."""
+        gm = copy_graph(piece)
+        nodes = placeholders(gm)
+        sample = {name: options.static.get(name, 7 + 4 * i) for i, name in enumerate("TSMRP")}
+        args = tuple(example(node, sample, options.symbols) for node in nodes)
+        dims = {name: torch.export.Dim("dim_" + name, min=1, max=options.sizes[name])
+                for name in "TSMRP" if name not in options.static}
+        shapes = tuple(_dynamic(node, dims, options.symbols) for node in nodes)
+        _on_cpu(gm)
+        try:
+            with torch.no_grad():
+                exported = torch.export.export(gm, args, dynamic_shapes=shapes, strict=False)
+                aoti_compile(exported, out, OPTIONS)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BackendError(f"inductor could not compile {out.name}: {reason}") from error
+
+    def load(self, blob: Path) -> Compiled:
+        """Load a package; needs no compiler."""
+        try:
+            return aoti_load(blob)
+        except RuntimeError as error:
+            raise BackendError(f"{blob} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _on_cpu(gm: fx.GraphModule) -> None:
+    """Move literal meta devices in arguments (``arange`` and the like) to the CPU."""
+    for node in gm.graph.nodes:
+        node.kwargs = {k: torch.device("cpu") if k == "device" else v
+                       for k, v in node.kwargs.items()}
+    gm.recompile()
+
+
+def _dynamic(node: fx.Node, dims: dict[str, torch.export.Dim],
+             symbols: dict[str, str]) -> dict[int, object]:
+    """``dynamic_shapes`` of one placeholder: axis → Dim, or Dim + 1 for offset arrays."""
+    found: dict[int, object] = {}
+    for axis, size in enumerate(node.meta["val"].shape):
+        if isinstance(size, int):
+            continue
+        (symbol,) = size.node.expr.free_symbols
+        name = symbols[str(symbol)]
+        if name in dims:
+            extra = int(size.node.expr.subs(symbol, 0))
+            found[axis] = dims[name] + extra if extra else dims[name]
+    return found

@@ -1,0 +1,121 @@
+"""Command line: every verb parses into configurations and calls one function."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from xllm.config import CompileConfig, EngineConfig, ServerConfig, add_flags, from_args
+from xllm.errors import UserError
+from xllm.progress import Reporter
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from xllm.compiler import build
+
+    reporter = Reporter()
+    planned = build.plan(from_args(args, CompileConfig), args.out, reporter)
+    cached = build.find_cached(planned)
+    if cached and not (args.dump or args.verify):
+        reporter.say("artifact: already compiled")
+    artifact = cached if cached and not (args.dump or args.verify) else build.compile_model(
+        planned, reporter, args.dump, args.verify)
+    print(artifact.path)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from xllm.llm import obtain, start
+    from xllm.runtime.server.serve import serve
+
+    reporter, server = Reporter(), from_args(args, ServerConfig)
+    artifact = obtain(args.model, from_args(args, CompileConfig), reporter)
+    engine, checkpoint = start(artifact, from_args(args, EngineConfig), reporter)
+    name = server.served_model_name or str(artifact.manifest["model"]["name"])
+    return serve(engine, checkpoint.tokenizer, name, server)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    import webbrowser
+
+    from rich.console import Console
+
+    from xllm import inspection
+    from xllm.artifact import Artifact
+
+    artifact = Artifact(args.artifact)
+    inspection.inspect(artifact, Console())
+    if args.open:
+        webbrowser.open(artifact.file("report/index.html").resolve().as_uri())
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from xllm import inspection
+    from xllm.artifact import Artifact
+
+    return 0 if inspection.diff(Artifact(args.a), Artifact(args.b), Console()) else 1
+
+
+def _passes(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from xllm import inspection
+    from xllm.compiler.pipeline import PIPELINE
+
+    inspection.list_passes(PIPELINE, Console(), args.name)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; flags come from the configurations' fields."""
+    top = argparse.ArgumentParser(prog="xllm", description="Compile and serve language models.")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    compiling = verbs.add_parser("compile", help="make an artifact of a checkpoint")
+    compiling.add_argument("--model", required=True, help="demo, a checkpoint directory or a hub id")
+    compiling.add_argument("-o", "--out", type=Path, metavar="DIR",
+                           help="where to write the artifact; default the user's cache")
+    compiling.add_argument("--dump", type=Path, metavar="DIR",
+                           help="write one readable file per pass that fired")
+    compiling.add_argument("--verify", action="store_true",
+                           help="check every pass on values against the reference ops")
+    add_flags(compiling, CompileConfig)
+    compiling.set_defaults(verb=_compile)
+
+    running = verbs.add_parser("run", help="serve a model over the OpenAI API")
+    running.add_argument("model", help="demo, a checkpoint directory, a hub id, or an artifact")
+    for config in (ServerConfig, EngineConfig, CompileConfig):
+        add_flags(running, config)
+    running.set_defaults(verb=_run)
+
+    inspecting = verbs.add_parser("inspect", help="show what is in an artifact")
+    inspecting.add_argument("artifact", type=Path)
+    inspecting.add_argument("--open", action="store_true", help="open the report in a browser")
+    inspecting.set_defaults(verb=_inspect)
+
+    differing = verbs.add_parser("diff", help="what differs between two artifacts")
+    differing.add_argument("a", type=Path)
+    differing.add_argument("b", type=Path)
+    differing.set_defaults(verb=_diff)
+
+    listing = verbs.add_parser("passes", help="list the passes, or explain one")
+    listing.add_argument("name", nargs="?")
+    listing.set_defaults(verb=_passes)
+    return top
+
+
+def main() -> None:
+    """Entry point: known errors become one line and exit code 2."""
+    args = parser().parse_args()
+    try:
+        code = args.verb(args)
+    except KeyboardInterrupt:
+        code = 130
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

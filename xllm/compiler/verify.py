@@ -1,0 +1,143 @@
+"""Does a pass keep the model's values? Both programs are interpreted with reference ops.
+
+Weights are random, sizes are drawn around the edges (one token, a page more or less), batches are
+ragged once there are pages. Pass declarations: *exact* must agree to the bit, *same rounding* and
+*changes rounding* to a tolerance relative to the largest logit.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+
+import torch
+from torch import Tensor
+
+from xllm import weights
+from xllm.backends.eager import interpret
+from xllm.errors import UserError
+from xllm.graph import Carried, Constant, Input, Program, State, Weight, placeholders
+from xllm.ops.samples import ragged_batch
+from xllm.passes.core import Pass, PassContext
+
+TOLERANCE = {
+    "exact": {torch.float32: 0.0, torch.bfloat16: 0.0},
+    "same rounding": {torch.float32: 2e-5, torch.bfloat16: 3e-2},
+    "changes rounding": {torch.float32: 2e-5, torch.bfloat16: 3e-2},
+}
+
+
+class VerifyError(UserError, RuntimeError):
+    """A pass that changed the model's values."""
+
+
+def numerics(item: Pass) -> str:
+    """The class that a pass declares in its docstring."""
+    found = re.search(r"Numerics: (exact|same rounding|changes rounding)", item.doc)
+    if found is None:
+        raise VerifyError(f"pass {item.name} declares no numerics; known: {', '.join(TOLERANCE)}")
+    return found.group(1)
+
+
+class Oracle:
+    """Runs programs eagerly on random weights; made from the captured program's parameters."""
+
+    def __init__(self, captured: Program, seed: int = 0) -> None:
+        self.shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self.seed = seed
+        for node in placeholders(captured.pieces["model"], Weight):
+            val = node.meta["val"]
+            self.shapes[node.meta["bind"].recipe.name] = (val.dtype, tuple(val.shape))
+
+    def leaf(self, name: str) -> Tensor:
+        """A random checkpoint tensor: the same for the same name and seed."""
+        dtype, shape = self.shapes[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
+        noise = torch.randn(shape, generator=generator)
+        value = 1 + noise / 10 if len(shape) == 1 else noise / shape[-1] ** 0.5
+        return value.to(dtype)
+
+    def run(self, program: Program, batch: dict[str, Tensor], vocab: int) -> Tensor:
+        """Logits ``[R, V]`` float32 of one step from an empty (zero) KV cache."""
+        rng = torch.Generator().manual_seed(self.seed)
+        tokens = len(batch["positions"])
+        values = dict(batch) | {
+            "input_ids": torch.randint(vocab, (1, tokens), generator=rng),
+            "positions": batch["positions"].unsqueeze(0),
+            "logits_rows": torch.arange(tokens),
+        }
+        pieces = {name: interpret(gm) for name, gm in program.pieces.items()}
+        for index, call in enumerate(program.schedule):
+            arguments = [
+                self._argument(program, node, call.leaves, call.carried, values, index)
+                for node in placeholders(program.pieces[call.piece])
+            ]
+            values.update(zip(call.outputs, pieces[call.piece](arguments), strict=True))
+        logits = values["logits"].float()
+        return logits[0] if logits.dim() == 3 else logits
+
+    def _argument(self, program: Program, node: torch.fx.Node, leaves: dict[str, str],
+                  carried: dict[str, str], values: dict[str, Tensor], index: int) -> Tensor:
+        match node.meta["bind"]:
+            case Input(name):
+                return values[name]
+            case Carried():
+                return values[carried[node.name]]
+            case Constant(name):
+                return program.constants[name]
+            case Weight(recipe):
+                return weights.evaluate(recipe, lambda name: self.leaf(leaves[name]))
+            case State():
+                return self._cache(node, int(values["num_pages"]), index)
+        raise VerifyError(f"placeholder {node.name} has no value")
+
+    def _cache(self, node: torch.fx.Node, pages: int, index: int) -> Tensor:
+        """Past keys and values: random, the same for the same layer, zero in scratch page 0."""
+        val = node.meta["val"]
+        generator = torch.Generator().manual_seed(self.seed + 31 * index)
+        cache = torch.randn((pages, *val.shape[1:]), generator=generator).to(val.dtype)
+        return cache
+
+
+def draw_batch(rng: random.Random, page_size: int, single: bool) -> dict[str, Tensor]:
+    """Batch inputs: ragged, or one whole prompt whose length is at an edge."""
+    if not single:
+        return ragged_batch(rng, page_size)
+    length = rng.choice([1, 2, page_size - 1, page_size, page_size + 1]) or 1
+    width = -(-length // page_size)
+    table = torch.randperm(width, generator=torch.Generator().manual_seed(rng.getrandbits(30))) + 1
+    positions = torch.arange(length)
+    return {
+        "block_table": table.int().view(1, -1),
+        "query_start_loc": torch.tensor([0, length], dtype=torch.int32),
+        "seq_lens": torch.tensor([length], dtype=torch.int32),
+        "slot_mapping": table[positions // page_size] * page_size + positions % page_size,
+        "positions": positions,
+        "num_pages": torch.tensor(width + 1),
+    }
+
+
+class Checker:
+    """The ``check`` of :func:`xllm.compiler.runner.run_pipeline`."""
+
+    def __init__(self, captured: Program, draws: int = 2, seed: int = 0) -> None:
+        self.oracle = Oracle(captured, seed)
+        self.rng = random.Random(seed)
+        self.draws = draws
+
+    def __call__(self, before: Program, after: Program, ctx: PassContext, item: Pass) -> float:
+        """Largest error relative to the largest logit; raises :class:`VerifyError`."""
+        worst = 0.0
+        for _ in range(self.draws):
+            single = not (before.states() and after.states())
+            batch = draw_batch(self.rng, ctx.page_size, single)
+            old, new = (self.oracle.run(p, batch, ctx.facts.vocab_size) for p in (before, after))
+            if not torch.isfinite(old).all():
+                raise VerifyError(f"pass {item.name}: the reference itself is not finite")
+            worst = max(worst, float((old - new).abs().max() / old.abs().max()))
+        limit = TOLERANCE[numerics(item)][ctx.dtype]
+        if not worst <= limit:
+            raise VerifyError(f"pass {item.name} is declared '{numerics(item)}' but changes logits "
+                              f"by {worst:.2e} of the largest (limit {limit:.0e}, {ctx.dtype})")
+        return worst

@@ -1,0 +1,98 @@
+"""The in-process API: ``LLM("dir").generate(...)``. Joins the compiler and the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from xllm.artifact import Artifact
+from xllm.checkpoint import Checkpoint
+from xllm.config import CompileConfig, EngineConfig
+from xllm.progress import Reporter
+from xllm.runtime.engine import Engine
+from xllm.runtime.generate import generate
+from xllm.runtime.loader import load, open_checkpoint
+from xllm.runtime.outputs import RequestOutput
+from xllm.runtime.request import Prompt
+from xllm.runtime.sampling_params import SamplingParams
+from xllm.runtime.worker import ArtifactExecutor
+
+__all__ = ["LLM", "SamplingParams"]
+
+TextOrTokens = str | Sequence[int]
+Conversation = Sequence[dict[str, object]]
+
+
+def obtain(model: str, config: CompileConfig | None, reporter: Reporter) -> Artifact:
+    """The artifact for ``model``: an artifact directory, or compiled now unless in the cache."""
+    path = Path(model).expanduser()
+    if Artifact.is_artifact(path):
+        return Artifact(path)
+    from xllm.compiler import build  # the runtime alone never imports the compiler
+
+    planned = build.plan(config or CompileConfig(model), None, reporter)
+    cached = build.find_cached(planned)
+    if cached:
+        reporter.say(f"artifact: found in the cache, {cached.path}")
+        return cached
+    reporter.say("artifact: not in the cache, compiling once")
+    return build.compile_model(planned, reporter)
+
+
+def start(
+    artifact: Artifact, config: EngineConfig, reporter: Reporter
+) -> tuple[Engine, Checkpoint]:
+    """Load an artifact and make an engine of it."""
+    checkpoint = open_checkpoint(artifact, config)
+    loaded = load(artifact, config, reporter, checkpoint)
+    executor = ArtifactExecutor(artifact, loaded, loaded.limits)
+    return Engine(executor, checkpoint.eos_token_ids, checkpoint.tokenizer.backend_tokenizer), checkpoint
+
+
+class LLM:
+    """A model in this process.
+
+    ``model`` is ``demo``, a checkpoint directory, a hub id, or an artifact directory. ``dtype`` is
+    ``auto`` (the checkpoint's), ``float32`` or ``bfloat16``. Other keywords are fields of
+    :class:`CompileConfig` and :class:`EngineConfig`. Raises ConfigError, CheckpointError,
+    CaptureError, ArtifactError with one clear message.
+    """
+
+    def __init__(self, model: str, dtype: str = "auto", quiet: bool = False, **settings: object):
+        engine_names = EngineConfig.__dataclass_fields__.keys()
+        engine = EngineConfig(**{k: v for k, v in settings.items() if k in engine_names})
+        compiling = {k: v for k, v in settings.items() if k not in engine_names}
+        reporter = Reporter(quiet)
+        self.artifact = obtain(str(model), CompileConfig(str(model), dtype=dtype, **compiling),
+                               reporter)
+        self.engine, self.checkpoint = start(self.artifact, engine, reporter)
+        self.tokenizer = self.checkpoint.tokenizer
+
+    def generate(
+        self, prompts: TextOrTokens | Sequence[TextOrTokens],
+        params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts given as text or token ids; one output per prompt, in order."""
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]
+        shared = isinstance(params, SamplingParams) or params is None
+        each = [params or SamplingParams()] * len(prompts) if shared else list(params)
+        made = [self._prompt(p, q) for p, q in zip(prompts, each, strict=True)]
+        return generate(self.engine, made, progress=use_tqdm)
+
+    def chat(
+        self, conversations: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer conversations of ``{"role": ..., "content": ...}`` by the chat template."""
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
+                 for c in conversations]
+        ids = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        return self.generate(ids, params, use_tqdm)
+
+    def _prompt(self, prompt: TextOrTokens, params: SamplingParams) -> Prompt:
+        if isinstance(prompt, str):
+            return Prompt(self.tokenizer(prompt)["input_ids"], params, text=prompt)
+        return Prompt(list(prompt), params)

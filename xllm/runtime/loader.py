@@ -1,0 +1,171 @@
+"""From an artifact and a checkpoint to tensors and callables in memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from xllm import targets, weights
+from xllm.artifact import Artifact, ArtifactError
+from xllm.backends import find_backend
+from xllm.backends.base import BackendError, Compiled
+from xllm.checkpoint import Checkpoint, CheckpointError
+from xllm.config import ConfigError, EngineConfig
+from xllm.progress import Reporter
+from xllm.runtime.executor import Limits
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class BoundCall:
+    """One call of the schedule: arguments are tensors, or names of values known at run time."""
+
+    piece: str
+    arguments: list[Tensor | str]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything an executor needs."""
+
+    calls: list[BoundCall]
+    variants: dict[str, dict[str, Compiled]]
+    limits: Limits
+    weight_bytes: int
+
+
+def check_host(artifact: Artifact) -> None:
+    """Refuse an artifact that this machine or this torch cannot run, in one line."""
+    backend = find_backend(str(artifact.factor("backend")))
+    for name, here in backend.host_factors().items():
+        missing = backend.missing(name, artifact.factor(name))
+        if missing:
+            has = f"this process has {here}" if isinstance(here, str) else "this machine lacks it"
+            raise ArtifactError(
+                f"{artifact.path} was compiled for {name} {missing}; {has}; "
+                f"compile again here: xllm compile --model {artifact.manifest['model']['source']}")
+
+
+def free_memory() -> int:
+    """Bytes that can be allocated without swapping."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def plan_limits(manifest: dict, config: EngineConfig) -> Limits:
+    """KV pages and context length by arithmetic, before anything is loaded."""
+    plan, model = manifest["memory"], manifest["model"]
+    budget = config.kv_cache_gib * GIB if config.kv_cache_gib else min(free_memory() / 4, 4 * GIB)
+    page_size, page_bytes = plan["page_size"], plan["kv_bytes_per_page"]
+    wanted = config.context_length or model["context_length"]
+    if wanted > model["context_length"]:
+        raise ConfigError(f"--context-length is {wanted}; the model takes up to "
+                          f"{model['context_length']}")
+    most = 1 + plan["max_sequences"] * -(-wanted // page_size)
+    pages = min(int(budget // page_bytes), most)
+    holds = (pages - 1) * page_size
+    if holds < (wanted if config.context_length else min(wanted, page_size)):
+        need = (1 + -(-wanted // page_size)) * page_bytes / GIB
+        raise ConfigError(
+            f"the KV cache of {budget / GIB:.3g} GiB holds {max(holds, 0)} tokens, fewer than the "
+            f"context of {wanted}; raise --kv-cache-gib to {need:.3g} or lower --context-length "
+            f"to {max(holds, 0)}")
+    return Limits(
+        max_tokens=plan["max_tokens"], max_sequences=plan["max_sequences"],
+        context_length=min(wanted, holds), page_size=page_size, num_pages=pages,
+        vocab_size=model["vocab_size"])
+
+
+def open_checkpoint(artifact: Artifact, config: EngineConfig) -> Checkpoint:
+    """The checkpoint the artifact was compiled from; another one is refused."""
+    source = str(config.weights) if config.weights else artifact.manifest["model"]["source"]
+    try:
+        checkpoint = Checkpoint.open(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --weights DIR names where the checkpoint is now") from error
+    if checkpoint.fingerprint != artifact.factor("checkpoint"):
+        raise CheckpointError(f"{checkpoint.path} is not the checkpoint that {artifact.path} was "
+                              "compiled from (its fingerprint differs); compile again")
+    return checkpoint
+
+
+class _Weights:
+    """Executes recipes; each distinct one once."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.made: dict[weights.Recipe, Tensor] = {}
+
+    def make(self, recipe: weights.Recipe) -> Tensor:
+        if recipe not in self.made:
+            self.made[recipe] = weights.evaluate(recipe, self._load)
+        return self.made[recipe]
+
+    def _load(self, name: str) -> Tensor:
+        return self.checkpoint.load(name).to(self.dtype)
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.made.values())
+
+
+def _load_kernels(artifact: Artifact) -> None:
+    for blob in artifact.manifest["kernels"]:
+        torch.ops.load_library(str(artifact.file(blob)))
+
+
+def _load_variants(artifact: Artifact) -> dict[str, dict[str, Compiled]]:
+    backend = find_backend(str(artifact.factor("backend")))
+    try:
+        return {name: {piece: backend.load(artifact.file(blob)) for piece, blob in blobs.items()}
+                for name, blobs in artifact.manifest["variants"].items()}
+    except BackendError as error:
+        raise ArtifactError(f"{error}; compile again") from error
+
+
+def load(artifact: Artifact, config: EngineConfig, reporter: Reporter,
+         checkpoint: Checkpoint) -> Loaded:
+    """Check, plan, load code, stream weights; raises one clear error where that is impossible."""
+    manifest = artifact.manifest
+    check_host(artifact)
+    limits = plan_limits(manifest, config)
+    with reporter.phase("load code"):
+        _load_kernels(artifact)
+        variants = _load_variants(artifact)
+    dtype = targets.DTYPES[manifest["model"]["dtype"]]
+    maker = _Weights(checkpoint, dtype)
+    constants = load_file(artifact.file("weights/constants.safetensors"))
+    recipes = artifact.json("weights/recipe.json")
+    with reporter.phase("load weights", total=len(recipes)) as phase:
+        calls = []
+        for call, recipe in zip(manifest["schedule"], recipes, strict=True):
+            phase.step(call["piece"])
+            arguments = [
+                _argument(row, call, recipe, maker, constants, limits.num_pages)
+                for row in manifest["pieces"][call["piece"]]["signature"]
+            ]
+            calls.append(BoundCall(call["piece"], arguments, tuple(call["outputs"])))
+    return Loaded(calls, variants, limits, maker.bytes())
+
+
+def _argument(row: dict, call: dict, recipe: dict, maker: _Weights, constants: dict[str, Tensor],
+              num_pages: int) -> Tensor | str:
+    """What a placeholder stands for in one call: a tensor, or the name of a run-time value."""
+    match row["bind"]:
+        case {"input": name}:
+            return name
+        case {"carried": True}:
+            return call["carried"][row["name"]]
+        case {"constant": name}:
+            return constants[name]
+        case {"weight": _}:
+            return maker.make(weights.from_json(recipe[row["name"]]))
+        case {"state": "kv_cache"}:
+            shape = [num_pages, *row["shape"][1:]]
+            return torch.zeros(shape, dtype=targets.DTYPES[row["dtype"].removeprefix("torch.")])
+    raise ArtifactError(f"placeholder {row['name']} has an unknown binding {row['bind']}")
+
