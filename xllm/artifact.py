@@ -55,6 +55,14 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def seal(manifest: dict) -> str:
+    """The manifest's text, with its own digest."""
+    body = {name: value for name, value in manifest.items() if name != "digest"}
+    text = json.dumps(body, sort_keys=True)
+    sealed = body | {"digest": hashlib.sha256(text.encode()).hexdigest()}
+    return json.dumps(sealed, indent=1, sort_keys=True)
+
+
 class ArtifactWriter:
     """Builds an artifact in a directory beside its destination and moves it there when whole."""
 
@@ -81,8 +89,7 @@ class ArtifactWriter:
         """Write the manifest and move the artifact to its destination."""
         files = {str(f.relative_to(self.path)): sha256(f)
                  for f in sorted(self.path.rglob("*")) if f.is_file()}
-        body = {"schema": SCHEMA, **manifest, "files": files}
-        self.text("manifest.json", json.dumps(body, indent=1, sort_keys=True))
+        self.text("manifest.json", seal({"schema": SCHEMA, **manifest, "files": files}))
         if self.destination.exists():
             shutil.rmtree(self.destination)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +125,8 @@ class Artifact:
         if schema != SCHEMA:
             raise ArtifactError(f"{file} has schema {schema}, this version reads {SCHEMA}; "
                                 "compile again")
+        if json.loads(seal(manifest))["digest"] != manifest.get("digest"):
+            raise ArtifactError(f"{file} is corrupt: its digest is wrong; compile again")
         return manifest
 
     def file(self, name: str) -> Path:

@@ -12,7 +12,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from xllm import demo
 from xllm.errors import UserError
@@ -50,7 +56,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"model {hub_id!r} is no directory here and could not be fetched "
@@ -68,7 +75,7 @@ def _read_header(file: Path) -> dict:
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{file} is no safetensors file: its header is no JSON") from error
+            raise CheckpointError(f"{file} is no safetensors file: no JSON header") from error
     end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
     if size != 8 + length + end:
         raise CheckpointError(f"{file} is truncated or padded: {size} bytes, "
@@ -98,8 +105,13 @@ class Checkpoint:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{self.path / 'config.json'}: {reason}") from error
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the directory holds a tokenizer; without one, prompts are token ids."""
+        return any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
     @cached_property
-    def tokenizer(self):  # noqa: ANN201 - a transformers tokenizer of whichever class
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with its chat template."""
         try:
             return AutoTokenizer.from_pretrained(self.path)

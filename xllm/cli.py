@@ -12,11 +12,11 @@ from xllm.progress import Reporter
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from xllm.compiler import build
+    from xllm.compiler import build, plan
 
     reporter = Reporter()
-    planned = build.plan(from_args(args, CompileConfig), args.out, reporter)
-    cached = build.find_cached(planned)
+    planned = plan.plan(from_args(args, CompileConfig), args.out, reporter)
+    cached = plan.find_cached(planned)
     if cached and not (args.dump or args.verify):
         reporter.say("artifact: already compiled")
     artifact = cached if cached and not (args.dump or args.verify) else build.compile_model(
@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     compiling = verbs.add_parser("compile", help="make an artifact of a checkpoint")
-    compiling.add_argument("--model", required=True, help="demo, a checkpoint directory or a hub id")
+    compiling.add_argument("--model", required=True,
+                           help="demo, a checkpoint directory or a hub id")
     compiling.add_argument("-o", "--out", type=Path, metavar="DIR",
                            help="where to write the artifact; default the user's cache")
     compiling.add_argument("--dump", type=Path, metavar="DIR",
@@ -119,3 +120,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

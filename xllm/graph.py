@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
 
+from xllm.torch_private import FakeTensorMode
 from xllm.weights import Recipe
 
 

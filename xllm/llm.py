@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from xllm.artifact import Artifact
 from xllm.checkpoint import Checkpoint
 from xllm.config import CompileConfig, EngineConfig
@@ -23,15 +25,15 @@ TextOrTokens = str | Sequence[int]
 Conversation = Sequence[dict[str, object]]
 
 
-def obtain(model: str, config: CompileConfig | None, reporter: Reporter) -> Artifact:
+def obtain(model: str, config: CompileConfig, reporter: Reporter) -> Artifact:
     """The artifact for ``model``: an artifact directory, or compiled now unless in the cache."""
     path = Path(model).expanduser()
     if Artifact.is_artifact(path):
         return Artifact(path)
-    from xllm.compiler import build  # the runtime alone never imports the compiler
+    from xllm.compiler import build, plan  # the runtime alone never imports the compiler
 
-    planned = build.plan(config or CompileConfig(model), None, reporter)
-    cached = build.find_cached(planned)
+    planned = plan.plan(config, None, reporter)
+    cached = plan.find_cached(planned)
     if cached:
         reporter.say(f"artifact: found in the cache, {cached.path}")
         return cached
@@ -39,14 +41,22 @@ def obtain(model: str, config: CompileConfig | None, reporter: Reporter) -> Arti
     return build.compile_model(planned, reporter)
 
 
+def open_executor(
+    artifact: Artifact, config: EngineConfig, reporter: Reporter
+) -> tuple[ArtifactExecutor, Checkpoint]:
+    """Load an artifact and its checkpoint; raises one clear error where that is impossible."""
+    checkpoint = open_checkpoint(artifact, config)
+    loaded = load(artifact, config, reporter, checkpoint)
+    return ArtifactExecutor(artifact, loaded, loaded.limits), checkpoint
+
+
 def start(
     artifact: Artifact, config: EngineConfig, reporter: Reporter
 ) -> tuple[Engine, Checkpoint]:
-    """Load an artifact and make an engine of it."""
-    checkpoint = open_checkpoint(artifact, config)
-    loaded = load(artifact, config, reporter, checkpoint)
-    executor = ArtifactExecutor(artifact, loaded, loaded.limits)
-    return Engine(executor, checkpoint.eos_token_ids, checkpoint.tokenizer.backend_tokenizer), checkpoint
+    """An engine on an artifact."""
+    executor, checkpoint = open_executor(artifact, config, reporter)
+    tokenizer = checkpoint.tokenizer.backend_tokenizer if checkpoint.has_tokenizer else None
+    return Engine(executor, checkpoint.eos_token_ids, tokenizer), checkpoint
 
 
 class LLM:
@@ -58,7 +68,8 @@ class LLM:
     CaptureError, ArtifactError with one clear message.
     """
 
-    def __init__(self, model: str, dtype: str = "auto", quiet: bool = False, **settings: object):
+    def __init__(self, model: str, dtype: str = "auto", quiet: bool = False,
+                 **settings: object) -> None:
         engine_names = EngineConfig.__dataclass_fields__.keys()
         engine = EngineConfig(**{k: v for k, v in settings.items() if k in engine_names})
         compiling = {k: v for k, v in settings.items() if k not in engine_names}
@@ -66,7 +77,11 @@ class LLM:
         self.artifact = obtain(str(model), CompileConfig(str(model), dtype=dtype, **compiling),
                                reporter)
         self.engine, self.checkpoint = start(self.artifact, engine, reporter)
-        self.tokenizer = self.checkpoint.tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer; raises CheckpointError where it has none."""
+        return self.checkpoint.tokenizer
 
     def generate(
         self, prompts: TextOrTokens | Sequence[TextOrTokens],

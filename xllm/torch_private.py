@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def aoti_compile(exported: torch.export.ExportedProgram, out: Path, options: dic
     """Compile with AOTInductor into a package at ``out``."""
     from torch._inductor import aoti_compile_and_package
 
-    aoti_compile_and_package(exported, package_path=str(out), inductor_configs=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytree
+        aoti_compile_and_package(exported, package_path=str(out), inductor_configs=options)
 
 
 def aoti_load(package: Path) -> Callable[[list[Tensor]], list[Tensor]]:

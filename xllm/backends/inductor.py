@@ -69,10 +69,11 @@ class InductorBackend:
         """Compile one piece; raises :class:`BackendError`."""
         gm = copy_graph(piece)
         nodes = placeholders(gm)
-        sample = {name: options.static.get(name, 7 + 4 * i) for i, name in enumerate("TSMRP")}
+        static = {n: 1 for n, most in options.sizes.items() if most == 1} | options.static
+        sample = {n: min(most, 7) for n, most in options.sizes.items()} | static
         args = tuple(example(node, sample, options.symbols) for node in nodes)
-        dims = {name: torch.export.Dim("dim_" + name, min=1, max=options.sizes[name])
-                for name in "TSMRP" if name not in options.static}
+        dims = {name: torch.export.Dim("dim_" + name, min=1, max=most)
+                for name, most in options.sizes.items() if name not in static}
         shapes = tuple(_dynamic(node, dims, options.symbols) for node in nodes)
         _on_cpu(gm)
         try:

@@ -8,12 +8,13 @@ Guards, besides ``when``:
 
 * *second user*: a matched node that is not an output must have no user outside the match;
 * *mutation*: no other op between the first and the last matched node may write to a tensor that
-  the match reads or writes;
+  the match reads or writes, or read one that the match writes, directly or through views;
 * *type*: each replacement must have the dtype and shape of what it replaces.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,12 @@ class Match:
         """Fake tensor of a bound parameter."""
         return self.binding[name].meta["val"]
 
+    def inputs(self) -> list[fx.Node]:
+        """Bound nodes, those inside bound lists too."""
+        found: list[fx.Node] = []
+        fx.node.map_arg(list(self.binding.values()), found.append)
+        return found
+
     def copy(self) -> Match:
         return Match(dict(self.nodes), dict(self.binding))
 
@@ -56,8 +63,22 @@ def mutates(node: fx.Node) -> bool:
 
 
 def _written(node: fx.Node) -> set[fx.Node]:
+    """What a node writes to, by :func:`_base`."""
+    if not mutates(node):
+        return set()
     arguments = zip(node.target._schema.arguments, full_args(node), strict=True)
-    return {a for s, a in arguments if s.alias_info is not None and s.alias_info.is_write}
+    return {_base(a) for s, a in arguments if s.alias_info is not None and s.alias_info.is_write}
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node that owns the memory of ``node``: views are followed to what they may view."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        is_op = isinstance(node.target, torch._ops.OpOverload)
+        aliases = is_op and any(r.alias_info is not None for r in node.target._schema.returns)
+        if not aliases and node.target is not operator.getitem:
+            break
+        node = node.args[0]
+    return node
 
 
 @dataclass(frozen=True)
@@ -141,16 +162,18 @@ def _same(a: object, b: object) -> bool:
 
 
 def _undisturbed(match: Match) -> bool:
-    """No foreign write, between the matched nodes, to anything that the match touches."""
+    """No foreign write, between the matched nodes, to anything that the match touches, and no
+    foreign read of anything that it writes."""
     inside = set(match.nodes.values())
-    touched = inside | {v for v in match.binding.values() if isinstance(v, fx.Node)}
-    graph = next(iter(inside)).graph
-    between, seen = [], 0
-    for node in graph.nodes:
+    touched = {_base(node) for node in inside.union(match.inputs())}
+    written = {base for node in inside for base in _written(node)}
+    seen = 0
+    for node in next(iter(inside)).graph.nodes:
         seen += node in inside
-        if 0 < seen < len(inside) and node not in inside and mutates(node):
-            between.append(node)
-    return not any(_written(node) & touched for node in between)
+        if 0 < seen < len(inside) and node not in inside:
+            if _written(node) & touched or written & set(map(_base, node.all_input_nodes)):
+                return False
+    return True
 
 
 def apply(rules: tuple[Rewrite, ...], gm: fx.GraphModule) -> int:
@@ -174,8 +197,7 @@ def _insertion_point(rule: Rewrite, match: Match) -> fx.Node | None:
     users = {u for n in rule.outputs for u in match.nodes[n].users if u not in inside}
     last_matched = max(inside)  # nodes compare by their position in the graph
     point = min(users | {last_matched.next})
-    inputs = [v for v in match.binding.values() if isinstance(v, fx.Node)]
-    return point if all(node < point for node in inputs) else None
+    return point if all(node < point for node in match.inputs()) else None
 
 
 def _replace(rule: Rewrite, match: Match, gm: fx.GraphModule, gone: set[fx.Node]) -> bool:
@@ -184,8 +206,8 @@ def _replace(rule: Rewrite, match: Match, gm: fx.GraphModule, gone: set[fx.Node]
         return False
     anchor = match.nodes[rule.outputs[0]]
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-    arguments = {k: fx.Proxy(v, tracer) if isinstance(v, fx.Node) else v
-                 for k, v in match.binding.items()}
+    arguments = {name: fx.node.map_arg(value, lambda node: fx.Proxy(node, tracer))
+                 for name, value in match.binding.items()}
     previous = point.prev
     with gm.graph.inserting_before(point):
         result = rule.after(**arguments)

@@ -22,8 +22,9 @@ log = logging.getLogger(__name__)
 class Generation:
     """The answers to one call's prompts: ``params.n`` to the first, then to the second, ...
 
-    Iterate once for ``(answer, delta)`` pairs as they arrive; ``close`` aborts what is not over,
-    and must be called however the iteration ends.
+    Iterate once for ``(answer, delta)`` pairs, in lists of all that have arrived, so that a slow
+    reader catches up at once; ``close`` aborts what is not over, and must be called however the
+    iteration ends.
     """
 
     def __init__(self, names: Sequence[str], abort: Callable[[Sequence[str]], None]) -> None:
@@ -36,13 +37,16 @@ class Generation:
         """Hand over what a step added to one of the answers."""
         self._arrived.put_nowait(delta)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._open:
-            delta = await self._arrived.get()
-            answer = self._open[delta.request_id]
-            if delta.finish_reason is not None:
-                del self._open[delta.request_id]
-            yield answer, delta
+            deltas = [await self._arrived.get()]
+            while not self._arrived.empty():
+                deltas.append(self._arrived.get_nowait())
+            pairs = [(self._open[delta.request_id], delta) for delta in deltas]
+            for delta in deltas:
+                if delta.finish_reason is not None:
+                    del self._open[delta.request_id]
+            yield pairs
 
     def close(self) -> None:
         """Abort the answers that are not over."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 
+from rich.console import Console
 from rich.progress import Progress
 
 from xllm.runtime.engine import Engine
@@ -69,7 +70,8 @@ def _run(engine: Engine, pending: dict[str, CompletionOutput], bar: Progress) ->
 
 @contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Progress]:
-    with Progress(disable=not shown, transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not shown, transient=True) as bar:
         bar.add_task("answers", total=total)
         yield bar
 

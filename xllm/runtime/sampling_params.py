@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xllm.errors import UserError
+
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
@@ -14,7 +16,7 @@ SEED_RANGE = 1 << 63
 GREEDY_BELOW = 1e-5
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A request that cannot be served; ``param`` names what to change about it."""
 
     def __init__(self, message: str, param: str) -> None:

@@ -21,6 +21,7 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),
+    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -39,11 +40,20 @@ UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
+    "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
+
+
+def refuse_unsupported(extra: dict[str, Any] | None, param: str | None = None) -> None:
+    """Raise RequestError, for ``param`` or the field itself, if a field asks for what we lack."""
+    for name, value in (extra or {}).items():
+        neutral = UNSUPPORTED.get(name)
+        if neutral is not None and value is not None and value not in neutral:
+            raise RequestError(f"{name} is not supported", param or name)
 
 
 class StreamOptions(BaseModel):
@@ -76,18 +86,12 @@ class GenerationRequest(BaseModel):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def refuse_unsupported(self) -> None:
-        """Raise RequestError for a field that we do not serve and that asks for something."""
-        for name, value in (self.model_extra or {}).items():
-            neutral = UNSUPPORTED.get(name)
-            if neutral is not None and value is not None and value not in neutral:
-                raise RequestError(f"{name} is not supported", name)
+    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The request's params, with what the two kinds of completion do differently."""
+        refuse_unsupported(self.model_extra)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed when stream is true",
                                "stream_options")
-
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The request's params, with what the two kinds of completion do differently."""
         names = ("temperature", "top_p", "top_k", "min_p", "n", "seed", "stop",
                  "stop_token_ids", "ignore_eos")
         given = {name: getattr(self, name) for name in names}
@@ -106,7 +110,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """One turn of a conversation."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -122,7 +126,8 @@ class ChatRequest(GenerationRequest):
 
     def to_params(self) -> SamplingParams:
         """Raises RequestError naming the field at fault."""
-        self.refuse_unsupported()
+        for message in self.messages:
+            refuse_unsupported(message.model_extra, "messages")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is only allowed when logprobs is true", "top_logprobs")
         wanted = self.top_logprobs or 0
@@ -144,7 +149,6 @@ class CompletionRequest(GenerationRequest):
 
     def to_params(self) -> SamplingParams:
         """Raises RequestError naming the field at fault."""
-        self.refuse_unsupported()
         if self.echo and self.logprobs is not None:
             raise RequestError("logprobs are not supported together with echo", "logprobs")
         limit = 16 if self.max_tokens is None else self.max_tokens

@@ -57,7 +57,7 @@ class Reply(ABC):
         """One whole answer."""
 
     @abstractmethod
-    def opening(self, answer: int) -> Json | None:
+    def opening(self, answer: int) -> list[Json]:
         """The choice of a stream's first event for an answer, if it has one."""
 
     @abstractmethod
@@ -83,14 +83,10 @@ class ChatReply(Reply):
             "finish_reason": output.finish_reason,
         }
 
-    def opening(self, answer: int) -> Json | None:
+    def opening(self, answer: int) -> list[Json]:
         """The role."""
-        return {
-            "index": answer,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": answer, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def piece(self, answer: int, delta: Delta) -> Json:
         """A piece of the content."""
@@ -122,12 +118,12 @@ class CompletionReply(Reply):
             "finish_reason": output.finish_reason,
         }
 
-    def opening(self, answer: int) -> Json | None:
+    def opening(self, answer: int) -> list[Json]:
         """The echoed prompt, if asked for."""
         text = self._echoes[answer]
         if not text:
-            return None
-        return {"index": answer, "text": text, "logprobs": None, "finish_reason": None}
+            return []
+        return [{"index": answer, "text": text, "logprobs": None, "finish_reason": None}]
 
     def piece(self, answer: int, delta: Delta) -> Json:
         """A piece of the text."""

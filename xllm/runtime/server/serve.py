@@ -31,6 +31,7 @@ class _Server(uvicorn.Server):
         self._banner = banner
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
         await super().startup(sockets)
         print(self._banner, flush=True)
 
@@ -87,13 +88,14 @@ def banner(engine: Engine, model_name: str, host: str, port: int) -> str:
     limits = engine.limits
     shown_host = f"[{host}]" if ":" in host else host
     url = f"http://{shown_host}:{port}"
-    question = {"model": model_name, "messages": [{"role": "user", "content": "What is 17+25?"}]}
+    turn = {"role": "user", "content": "What is 17+25?"}
+    question = {"model": model_name, "messages": [turn], "temperature": 0}
     pages = engine.scheduler.pool.usable_pages
     return "\n".join((
         f"xLLM is ready on {url}",
         f"  model           {model_name}",
         f"  context length  {engine.context_length} tokens",
-        f"  KV cache        {pages} blocks of {limits.page_size} tokens = {engine.kv_tokens} tokens",
+        f"  KV cache        {pages} blocks of {limits.page_size} tokens, {engine.kv_tokens} in all",
         "Ask it:",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
         f"    -d {shlex.quote(json.dumps(question))}",

@@ -11,9 +11,11 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from xllm.runtime.async_engine import Generation
-from xllm.runtime.outputs import CompletionOutput, FinishReason
+from xllm.runtime.outputs import CompletionOutput, Delta, FinishReason
 from xllm.runtime.server.errors import error_body
 from xllm.runtime.server.replies import Json, Reply
+
+DONE = "data: [DONE]\n\n"
 
 
 class AnswerError(RuntimeError):
@@ -32,21 +34,27 @@ async def events(generation: Generation, reply: Reply, include_usage: bool) -> A
     """The stream's events; every delta with text, logprobs or an end makes one."""
     opened: set[int] = set()
     tokens = 0
-    async for answer, delta in generation:
-        if delta.finish_reason is FinishReason.ERROR:
-            yield f"data: {error_body(str(delta.error), 'server_error')}\n\n"
-            break
-        tokens += len(delta.token_ids)
-        opening = None if answer in opened else reply.opening(answer)
-        opened.add(answer)
-        if opening is not None:
-            yield _event(reply.chunk([opening]))
-        if delta.text or delta.logprobs or delta.finish_reason is not None:
-            yield _event(reply.chunk([reply.piece(answer, delta)]))
-    else:
-        if include_usage:
-            yield _event(reply.usage_chunk(tokens))
-    yield "data: [DONE]\n\n"
+    async for pairs in generation:
+        written = []
+        for answer, delta in pairs:
+            if delta.finish_reason is FinishReason.ERROR:
+                yield "".join(written) + _failure(delta)
+                return
+            tokens += len(delta.token_ids)
+            choices = [] if answer in opened else reply.opening(answer)
+            opened.add(answer)
+            if delta.text or delta.logprobs or delta.finish_reason is not None:
+                choices.append(reply.piece(answer, delta))
+            written += [_event(reply.chunk([choice])) for choice in choices]
+        if written:
+            yield "".join(written)
+    if include_usage:
+        yield _event(reply.usage_chunk(tokens))
+    yield DONE
+
+
+def _failure(delta: Delta) -> str:
+    return f"data: {error_body(str(delta.error), 'server_error')}\n\n{DONE}"
 
 
 class EventStream(StreamingResponse):
@@ -84,10 +92,11 @@ async def collect(generation: Generation, http: Request) -> list[CompletionOutpu
 
 async def _gather(generation: Generation) -> list[CompletionOutput]:
     outputs = [CompletionOutput(answer) for answer in range(generation.size)]
-    async for answer, delta in generation:
-        outputs[answer].extend(delta)
-        if delta.finish_reason is FinishReason.ERROR:
-            raise AnswerError(str(delta.error))
+    async for pairs in generation:
+        for answer, delta in pairs:
+            outputs[answer].extend(delta)
+            if delta.finish_reason is FinishReason.ERROR:
+                raise AnswerError(str(delta.error))
     return outputs
 
 

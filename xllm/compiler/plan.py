@@ -1,0 +1,97 @@
+"""What a compile will do: model, target, backend, dtype, and the key of the artifact."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import xllm
+from xllm import targets
+from xllm.artifact import Artifact, Factor, cache_dir, key_of
+from xllm.backends import find_backend
+from xllm.checkpoint import Checkpoint
+from xllm.config import CompileConfig
+from xllm.kernels import build as kernels
+from xllm.progress import Reporter
+
+#: Packages and modules whose source decides what is compiled.
+COMPILING = ("ops", "passes", "compiler", "backends", "graph.py", "levels.py", "serialize.py",
+             "targets.py", "torch_private.py", "weights.py", "checkpoint.py", "config.py")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compile that has been thought through: what, for what, and where it goes."""
+
+    config: CompileConfig
+    checkpoint: Checkpoint
+    target: targets.Target
+    backend: str
+    dtype: torch.dtype
+    factors: dict[str, Factor]
+    destination: Path
+
+    @property
+    def key(self) -> str:
+        """Identity of the artifact."""
+        return key_of(self.factors)
+
+
+def source_hash() -> str:
+    """sha256 over the source that compiles."""
+    digest = hashlib.sha256()
+    root = Path(xllm.__file__).parent
+    for name in COMPILING:
+        files = sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]
+        for file in files:
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def choose_backend(config: CompileConfig, target: targets.Target, reporter: Reporter) -> str:
+    """The backend asked for; ``auto`` falls back to eager, and says so, without a compiler."""
+    if config.backend != "auto":
+        return config.backend
+    try:
+        kernels.find_compiler()
+    except kernels.CompilerMissing as error:
+        reporter.say(f"warning: {error}; using --backend eager, which is slow")
+        return "eager"
+    return target.backend
+
+
+def plan(config: CompileConfig, out: Path | None, reporter: Reporter) -> Plan:
+    """Resolve model, target, backend and dtype; compute the key. Raises one clear error."""
+    target = targets.find(config.target)
+    checkpoint = Checkpoint.open(config.model)
+    dtype = (target.served_dtype(checkpoint.dtype) if config.dtype == "auto"
+             else targets.DTYPES[config.dtype])
+    backend = choose_backend(config, target, reporter)
+    factors = {
+        "checkpoint": Factor(checkpoint.fingerprint, "weights and configuration"),
+        "target": Factor(target.name, "instruction set and kernels"),
+        "backend": Factor(backend, "what the blobs are"),
+        "dtype": Factor(str(dtype).removeprefix("torch."), "every tensor in the graphs"),
+        "max_tokens": Factor(config.max_tokens, "bound of T in the graphs"),
+        "max_sequences": Factor(config.max_sequences, "bound of S in the graphs"),
+        "page_size": Factor(config.page_size, "shape of the KV cache"),
+        "xllm": Factor(f"{xllm.__version__} {source_hash()[:16]}", "capture, passes, backends"),
+        "kernels": Factor(kernels.sources_hash()[:16], "hand-written kernels"),
+        "transformers": Factor(transformers.__version__, "the code that is captured"),
+        **{name: Factor(value, "compiled code is bound to it")
+           for name, value in find_backend(backend).host_factors().items()},
+    }
+    destination = out or cache_dir() / "artifacts" / key_of(factors)[:24]
+    return Plan(config, checkpoint, target, backend, dtype, factors, destination)
+
+
+def find_cached(planned: Plan) -> Artifact | None:
+    """The artifact at the destination, if it has this plan's key."""
+    if not Artifact.is_artifact(planned.destination):
+        return None
+    artifact = Artifact(planned.destination)
+    return artifact if artifact.manifest.get("key") == planned.key else None
