@@ -27,7 +27,8 @@ class Reporter:
         columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(24),
                    TextColumn("{task.fields[what]}"), TimeElapsedColumn())
         start = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True) as bars:
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as bars:
             yield Phase(bars, bars.add_task(name, total=total, what=""))
         self.seconds[name] = time.perf_counter() - start
         self.say(f"{name:<24} {self.seconds[name]:7.1f} s")

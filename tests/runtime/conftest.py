@@ -6,7 +6,14 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, MakeLimits, Recite, Reference
+from tests.runtime.runtime_types import (
+    EOS_ID,
+    VOCAB_SIZE,
+    MakeEngine,
+    MakeLimits,
+    Recite,
+    Reference,
+)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from runtime_types import EOS_ID
+from tests.runtime.runtime_types import EOS_ID
 from transformers import PreTrainedTokenizerFast
 
 from xllm.runtime.answer import Answer

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Reference
+from tests.runtime.runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Reference
 
 from xllm.runtime.async_engine import AsyncEngine, Generation
 from xllm.runtime.batch import Batch
@@ -39,8 +39,9 @@ def run(engine: Engine, body: Body) -> AsyncEngine:
 
 async def gather(generation: Generation) -> dict[int, list[Delta]]:
     found: dict[int, list[Delta]] = {answer: [] for answer in range(generation.size)}
-    async for answer, delta in generation:
-        found[answer].append(delta)
+    async for pairs in generation:
+        for answer, delta in pairs:
+            found[answer].append(delta)
     return found
 
 

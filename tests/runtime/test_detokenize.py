@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -28,6 +28,7 @@ def test_special_and_unknown_tokens_have_no_text(tokenizer: PreTrainedTokenizerF
     assert "".join(pieces(tokenizer, [256, 97, 257, 9999, 98])) == "ab"
 
 
+@settings(deadline=None)  # machines are busy
 @given(ids=st.lists(st.integers(0, 257), max_size=40))
 def test_pieces_add_up_to_the_whole(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> None:
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
@@ -55,6 +56,7 @@ def by_character(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
+@settings(deadline=None)  # machines are busy
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
        st.lists(st.integers(0, 30), max_size=8))
 def test_cuts_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, MakeLimits, Recite, Reference
+from tests.runtime.runtime_types import (
+    EOS_ID,
+    VOCAB_SIZE,
+    MakeEngine,
+    MakeLimits,
+    Recite,
+    Reference,
+)
 
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine, EngineDeadError

@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from runtime_types import Reference
+from tests.runtime.runtime_types import Reference
 
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Limits

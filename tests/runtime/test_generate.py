@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Recite, Reference
+from tests.runtime.runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Recite, Reference
 
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine

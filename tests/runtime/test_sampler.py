@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xllm.runtime.sampler import Sampler, SamplingError, draw, make_generator
@@ -15,8 +16,8 @@ from xllm.runtime.sampling_params import SamplingParams
 LOGITS_V = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])
 
 
-def draws(logits_V: torch.Tensor, count: int, **given: Any) -> list[int]:
-    params = SamplingParams(**{"seed": 7, **given})
+def draws(logits_V: torch.Tensor, count: int, **asked: Any) -> list[int]:
+    params = SamplingParams(**{"seed": 7, **asked})
     generator = make_generator(params)
     assert generator is not None
     return [draw(logits_V, params, generator) for _ in range(count)]
@@ -42,25 +43,26 @@ def test_greedy_is_argmax_in_one_batch() -> None:
     assert chosen == logits_RV.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("settings", [
+@pytest.mark.parametrize("asked", [
     {}, {"temperature": 0.5}, {"temperature": 3.0}, {"top_k": 2}, {"top_k": 1}, {"top_k": 99},
     {"top_p": 0.9}, {"top_p": 0.05}, {"top_p": 1e-9}, {"min_p": 0.2}, {"min_p": 1.0},
     {"top_k": 3, "top_p": 0.8, "min_p": 0.1, "temperature": 1.5},
 ])
-def test_distribution(settings: dict[str, Any]) -> None:
-    expected_V = filtered(LOGITS_V, SamplingParams(**settings))
-    counts_V = torch.bincount(torch.tensor(draws(LOGITS_V, 3000, **settings)), minlength=5)
+def test_distribution(asked: dict[str, Any]) -> None:
+    expected_V = filtered(LOGITS_V, SamplingParams(**asked))
+    counts_V = torch.bincount(torch.tensor(draws(LOGITS_V, 3000, **asked)), minlength=5)
     assert not counts_V[expected_V == 0].any()
     assert (counts_V / 3000 - expected_V).abs().max() < 0.04  # > 4 standard deviations
 
 
+@settings(deadline=None)  # machines are busy
 @given(st.integers(0, 2**31), st.floats(0.05, 0.99), st.sampled_from([None, 5, 400, 1000]))
 def test_nucleus_sorts_no_more_than_it_must_and_keeps_the_same(
     seed: int, top_p: float, top_k: int | None
 ) -> None:
     logits_V = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
     params = SamplingParams(top_p=top_p, top_k=top_k, seed=seed, temperature=5.0)
-    kept_V = filtered(logits_V, params) > 0
+    kept_V = filtered(logits_V, replace(params, top_p=top_p + 1e-6)) > 0  # float32's rounding
     generator = make_generator(params)
     assert generator is not None
     assert all(kept_V[draw(logits_V, params, generator)] for _ in range(20))

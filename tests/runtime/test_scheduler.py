@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runtime_types import MakeLimits
+from tests.runtime.runtime_types import MakeLimits
 
 from xllm.runtime.batch import Chunk
 from xllm.runtime.request import InvariantError, Request, State
@@ -67,13 +67,27 @@ def test_the_youngest_is_preempted_and_starts_over(make_limits: MakeLimits) -> N
     old, young = add(scheduler, "old", 4), add(scheduler, "young", 2)
     assert len(plan(scheduler)) == 2
     assert len(plan(scheduler)) == 2 and scheduler.pool.free_pages == 0
+    add(scheduler, "third", 2)
     plan(scheduler)
     entries = plan(scheduler)  # old has 7 tokens and needs a page
     assert entries == [("old", 6, 1, True)] and scheduler.preemptions == 1
     assert (young.state, young.computed, young.block_table) == (State.WAITING, 0, [])
-    assert list(scheduler.waiting) == ["young"] and young.known == 5
+    assert list(scheduler.waiting) == ["young", "third"] and young.known == 5
     scheduler.remove(old)
-    assert plan(scheduler) == [("young", 0, 5, True)]
+    assert plan(scheduler) == [("young", 0, 5, True), ("third", 0, 2, True)]
+
+
+def test_a_request_planned_already_can_be_preempted(make_limits: MakeLimits) -> None:
+    scheduler = Scheduler(make_limits(max_tokens=8, page_size=2, num_pages=5))
+    old, young = add(scheduler, "old", 3), add(scheduler, "young", 2)
+    plan(scheduler)
+    scheduler.pool.release(old.block_table)  # as if a policy had taken the older one's pages
+    old.start_over()
+    old.state = State.RUNNING
+    other: list[int] = []
+    scheduler.pool.grow(other, 2)
+    assert shown(scheduler.plan()) == [("old", 0, 4, True)]  # young decoded first, but is younger
+    assert young.state is State.WAITING and scheduler.preemptions == 1
 
 
 def test_a_page_is_left_for_each_running_request(make_limits: MakeLimits) -> None:

@@ -57,14 +57,14 @@ function el(name, cls, ...kids) {
 const click = (e, f) => (e.addEventListener('click', f), e);
 const count = c => el('span', 'count', ...[['−', 'bad'], ['+', 'ok'], ['~', 'dim']].map(
   ([sign, cls], i) => c[i] ? el('span', cls, sign + c[i]) : null));
+const isNum = v => typeof v === 'number' || v?.num !== undefined;
+
+/** Rows of strings, numbers, elements, or {num: what is set like a number}; `go` takes clicks. */
 function table(heads, rows, go) {
-  const cell = (t, v) => el(t, typeof v === 'number' || v && v.num ? 'num' : '',
-    v && v.num !== undefined ? String(v.num) : v instanceof Node ? v : String(v ?? '–'));
-  const like = rows[0] || [];
-  const head = heads.map((h, i) => el('th', typeof like[i] === 'number' || like[i]?.num !== undefined
-    ? 'num' : '', h));
+  const cell = v => el('td', isNum(v) ? 'num' : '', v?.num ?? v ?? '–');
+  const head = heads.map((h, i) => el('th', rows.length && isNum(rows[0][i]) ? 'num' : '', h));
   return el('table', '', el('tr', '', ...head), ...rows.map((r, i) => {
-    const tr = el('tr', go ? 'go' : '', ...r.map(v => cell('td', v)));
+    const tr = el('tr', go ? 'go' : '', ...r.map(cell));
     return go ? click(tr, () => go(i)) : tr;
   }));
 }
@@ -75,17 +75,19 @@ const bytes = n => n < 1024 ? n + ' B' : n < 1 << 20 ? (n / 1024).toFixed(1) + '
 function code(line, other, q) {
   const token = /%\w+|[A-Za-z_][\w.]*(?=\()|\b[a-z]+\d+\[[^\]]*\]|[^%\w]+|\w+/g;
   const mine = line.match(token) || [], theirs = other ? other.match(token) : mine;
-  const hits = [];
-  if (q) for (let at = -1, low = line.toLowerCase(); (at = low.indexOf(q, at + 1)) >= 0;) hits.push(at);
+  const low = line.toLowerCase(), hits = [];
+  for (let h = q ? low.indexOf(q) : -1; h >= 0; h = low.indexOf(q, h + 1)) hits.push(h);
+  const isHit = x => hits.some(h => h <= x && x < h + q.length);
+  const kind = t => t[0] === '%' ? '' : /^[a-z]+\d+\[/.test(t) ? 't'
+    : /^[A-Za-z_][\w.]*\./.test(t) ? 'o' : '';
   const out = el('span');
   let at = 0;
   mine.forEach((t, i) => {
-    const cls = t[0] === '%' ? '' : /^[a-z]+\d+\[/.test(t) ? 't' : /^[A-Za-z_][\w.]*\./.test(t) ? 'o' : '';
-    const e = el(theirs[i] === t ? 'span' : 'em', cls);
+    const e = el(theirs[i] === t ? 'span' : 'em', kind(t));
     for (let k = 0; k < t.length;) {
-      const inside = hits.some(h => h <= at + k && at + k < h + q.length);
+      const inside = isHit(at + k);
       let end = k + 1;
-      while (end < t.length && hits.some(h => h <= at + end && at + end < h + q.length) === inside) end++;
+      while (end < t.length && isHit(at + end) === inside) end++;
       e.append(inside ? el('mark', '', t.slice(k, end)) : t.slice(k, end));
       k = end;
     }

@@ -13,7 +13,7 @@ function rowList(box, rows, sub, single) {
   let module = '';
   const put = (parent, row) => {
     const deep = row.path.slice(sub.length + 1);
-    if (deep !== module && deep) parent.append(el('div', 'mod', '# ' + deep));
+    if (deep !== module) parent.append(el('div', 'mod', '# ' + (deep || sub.split('.').at(-1))));
     module = deep;
     parent.append(rowElement(row, S.q, single));
   };
@@ -22,7 +22,8 @@ function rowList(box, rows, sub, single) {
     while (end < rows.length && !all && !near.has(end)) end++;
     if (end - i > (S.q ? 0 : 1)) {
       const hidden = rows.slice(i, end), what = S.q ? 'other' : 'unchanged';
-      const more = el('button', 'more', `… ${hidden.length} ${what} line${hidden.length > 1 ? 's' : ''}`);
+      const lines = hidden.length > 1 ? 'lines' : 'line';
+      const more = el('button', 'more', `… ${hidden.length} ${what} ${lines}`);
       box.append(click(more, () => {
         const part = document.createDocumentFragment();
         module = '';
@@ -38,7 +39,8 @@ function rowList(box, rows, sub, single) {
 function sectionBody(sec, single) {
   const rows = rowsOf(sec, sec.sel), body = el('div');
   const prefix = sec.title.replace('#', sec.members[sec.sel][0]);
-  const first = r => r.path.startsWith(prefix + '.') ? r.path.slice(prefix.length + 1).split('.')[0] : '';
+  const first = r => r.path.startsWith(prefix + '.')
+    ? r.path.slice(prefix.length + 1).split('.')[0] : '';
   for (let i = 0; i < rows.length;) {
     let end = i;
     const name = first(rows[i]);
@@ -50,9 +52,9 @@ function sectionBody(sec, single) {
     let done = false;
     const fill = () => { if (!done) rowList(inner, part, sub, single); done = true; };
     if (name) {
-      const quiet = el('span', 'dim', `${part.length} ${single ? 'nodes' : 'unchanged'}`);
-      const busy = c.some(Boolean);
-      box.append(click(el('div', 'sub fold', name, busy ? count(c) : el('span', 'count', quiet)), () => {
+      const busy = c.some(Boolean), what = single ? 'nodes' : 'unchanged';
+      const note = busy ? count(c) : el('span', 'count dim', `${part.length} ${what}`);
+      box.append(click(el('div', 'sub fold', name, note), () => {
         inner.hidden = !box.classList.toggle('open');
         fill();
       }));
@@ -87,7 +89,9 @@ function sectionElement(sec, single, calls) {
   };
   sec.box = box;
   head.append(el('b', '', sec.title.replace('#', ranges(sec.members)).replaceAll('.', ' › ')));
-  if (calls > 1 && sec.title.includes('#')) head.append(el('span', 'dim', `stands for ${calls} calls`));
+  if (calls > 1 && sec.title.includes('#')) {
+    head.append(el('span', 'dim', `stands for ${calls} calls`));
+  }
   const pick = el('select');
   if (many) {
     sec.members.forEach((m, i) => pick.append(new Option(m[0], i)));
@@ -110,7 +114,8 @@ function search() {
   S.hits = []; S.hit = -1;
   let total = 0;
   if (S.q) for (const sec of sections(D.passes[S.pass])) {
-    const seen = new Set(), order = sec.members.map((_, i) => i).sort((a, b) => (b === sec.sel) - (a === sec.sel));
+    const seen = new Set(), order = sec.members.map((_, i) => i);
+    order.sort((a, b) => (b === sec.sel) - (a === sec.sel));
     sec.found = false;
     for (const m of order) rowsOf(sec, m).forEach(r => {
       if (!r.text.includes(S.q)) return;
@@ -138,7 +143,8 @@ function showMatches() {
     piece.fold(S.q || S.full || !p.before || piece.sections.some(s => s.busy));
   }
   const more = total > S.hits.length ? `, ${total} in all layers` : '';
-  document.getElementById('found').textContent = S.q ? `${S.hits.length} match${S.hits.length === 1 ? '' : 'es'}${more}` : '';
+  const matches = S.hits.length === 1 ? 'match' : 'matches';
+  document.getElementById('found').textContent = S.q ? `${S.hits.length} ${matches}${more}` : '';
 }
 function nextHit(step) {
   if (!S.hits.length) return;
@@ -154,7 +160,8 @@ function nextHit(step) {
 function passView() {
   const p = D.passes[S.pass], single = !p.before, b = p.before || p;
   const box = el('input');
-  box.type = 'search'; box.id = 'q'; box.placeholder = 'filter nodes, ops, modules   /'; box.value = S.q;
+  Object.assign(box, { type: 'search', id: 'q', value: S.q,
+    placeholder: 'filter nodes, ops, modules   /' });
   let timer;
   box.addEventListener('input', () => { clearTimeout(timer); timer = setTimeout(() => {
     S.q = box.value.trim().toLowerCase(); showMatches(); note(); }, 150); });
@@ -167,18 +174,19 @@ function passView() {
     p.error === null ? 'not verified' : 'max error ' + p.error.toExponential(1)].join(' · ');
   const swatch = (v, t) => { const i = el('i'); i.style.background = `var(${v})`; return [i, t]; };
   main.append(el('div', 'bar', el('h2', '', p.name), el('p', '', facts), el('div', 'tools', box,
-    Object.assign(el('span'), { id: 'found' }), single ? null : el('label', '', all, 'unchanged lines'),
+    Object.assign(el('span'), { id: 'found' }),
+    single ? null : el('label', '', all, 'unchanged lines'),
     single ? null : el('span', 'key', ...swatch('--del', 'removed'), ...swatch('--add', 'added'),
       ...swatch('--em', 'other operands')))));
   if (p.doc) {
     const d = el('details', '', el('summary', 'dim', 'what this pass does'), el('pre', '', p.doc));
     main.append(d);
   }
-  if (!p.pieces.length) main.append(el('p', 'dim', 'This pass found nothing to change in this model.'));
+  if (!p.pieces.length) main.append(el('p', 'dim', 'This pass changed nothing in this model.'));
   for (const piece of p.pieces) {
     const calls = M.pieces[piece.name]?.calls;
     const title = piece.name === '(folded)'
-      ? 'folded away: these lines are now further calls of the pieces above'
+      ? 'folded: what no piece holds under its old name; layers here became calls of a piece above'
       : piece.name + (calls > 1 ? ` × ${calls}` : '');
     const body = el('div', '', ...piece.sections.map(s => sectionElement(s, single, calls)));
     const calm = piece.sections.every(s => s.ops.every((x, i) => i % 3 || x === '=' || x === 'r'));

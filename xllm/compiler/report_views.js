@@ -1,17 +1,17 @@
 // --- overview -----------------------------------------------------------------------------------
-const sites = p => p.before && p.expected !== null
-  ? el('span', p.sites === p.expected ? 'ok' : 'bad', `${p.sites}`) : `${p.before ? p.sites : '–'}`;
+const sites = p => !p.before ? '–' : p.expected === null ? String(p.sites)
+  : el('span', p.sites === p.expected ? 'ok' : 'bad', p.sites);
 function overview() {
-  const F = name => M.factors[name]?.value ?? '–', mem = M.memory, m = M.model;
-  main.append(el('div', 'bar', el('h2', '', m.name),
-    el('p', '', `${m.architecture} · ${m.layers} layers · ${F('target')} · ${F('backend')} · ${m.dtype}`)));
+  const mem = M.memory, m = M.model;
+  const facts = [m.architecture, `${m.layers} layers`, M.factors.target.value,
+    M.factors.backend.value, m.dtype];
+  main.append(el('div', 'bar', el('h2', '', m.name), el('p', '', facts.join(' · '))));
   const verified = D.passes.some(p => p.error !== null);
   main.append(el('h3', '', 'Passes'), table(
     ['', 'pass', 'level', 'expected', 'sites', 'ms', 'nodes', ...(verified ? ['max error'] : [])],
     D.passes.map((p, i) => [i, p.name, p.level, { num: p.before ? p.expected ?? 'any' : '–' },
-      Object.assign(sites(p), {}), p.ms, p.nodes,
-      ...(verified ? [p.error === null ? '–' : p.error.toExponential(1)] : [])])
-      .map(row => { row[4] = row[4] instanceof Node ? row[4] : { num: row[4] }; return row; }),
+      { num: sites(p) }, p.ms, p.nodes,
+      ...(verified ? [p.error === null ? '–' : p.error.toExponential(1)] : [])]),
     i => go({ view: 'pass', pass: i })));
   const box = (title, ...kids) => el('div', '', el('h3', '', title), ...kids);
   main.append(el('div', 'cols',
@@ -25,7 +25,7 @@ function overview() {
       ['sequences per step, at most', mem.max_sequences], ['context length', m.context_length]])),
     box('Buckets', table(['tokens', 'variant', 'padded'],
       M.buckets.map(b => [b.tokens, b.variant, b.padded ? 'yes' : 'no']))),
-    box('Compile time', table(['phase', 'seconds'], Object.entries(M.seconds).map(([n, s]) => [n, s]))),
+    box('Compile time', table(['phase', 'seconds'], Object.entries(M.seconds))),
     box('Symbols', table(['', 'counts'], Object.entries(M.symbols)))));
   const hex = v => el('span', 'hex', String(v));
   main.append(el('h3', '', 'What the key is made of'), el('div', 'hex dim', M.key),
@@ -48,7 +48,8 @@ function asCalled(text, index) {
 }
 /** A module path of a piece, which is named after its first call, as one call sees it. */
 function pathAsCalled(path, index) {
-  const layer = i => Math.min(...Object.values(M.schedule[i].leaves).map(n => +(n.match(/\.(\d+)\./)?.[1] ?? Infinity)));
+  const number = name => +(name.match(/\.(\d+)\./)?.[1] ?? Infinity);
+  const layer = i => Math.min(...Object.values(M.schedule[i].leaves).map(number));
   const first = M.schedule.findIndex(c => c.piece === M.schedule[index].piece);
   const shift = layer(index) - layer(first);
   return shift ? path.replace(/\.(\d+)(?=\.|$)/, (all, n) => '.' + (+n + shift)) : path;
@@ -58,7 +59,8 @@ function scheduleView() {
   const runs = [];
   calls.forEach((c, i) => {
     const last = runs[runs.length - 1];
-    if (last && last.piece === c.piece) last.to = i; else runs.push({ piece: c.piece, from: i, to: i });
+    if (last && last.piece === c.piece) last.to = i;
+    else runs.push({ piece: c.piece, from: i, to: i });
   });
   const words = runs.map(r => r.piece + (r.to > r.from ? ` × ${r.to - r.from + 1}` : ''));
   const total = calls.reduce((n, c) => n + D.final[c.piece].length, 0);
@@ -67,7 +69,7 @@ function scheduleView() {
   for (const r of runs) {
     const row = el('div', 'calls', el('b', '', r.piece));
     for (let i = r.from; i <= r.to; i++) {
-      const b = el('button', i === index ? 'on' : '', String(r.to > r.from ? i - r.from : 'call ' + i));
+      const b = el('button', i === index ? 'on' : '', r.to > r.from ? i - r.from : 'call ' + i);
       b.title = `call ${i}`;
       row.append(click(b, () => go({ view: 'schedule', call: i })));
     }
@@ -89,19 +91,22 @@ function scheduleView() {
 // --- navigation ---------------------------------------------------------------------------------
 function sidebar() {
   const link = (on, cls, state, ...cells) => {
-    const a = el('a', (on ? 'on ' : '') + cls, ...cells.map((c, i) => el('span', i > 1 ? 'num' : '', c)));
+    const spans = cells.map((c, i) => el('span', i > 1 ? 'num' : '', c));
+    const a = el('a', (on ? 'on ' : '') + cls, ...spans);
     a.href = '#' + hash(state);
     return a;
   };
+  const where = [M.factors.target.value, M.factors.backend.value, M.model.dtype].join(' · ');
+  const keys = [['↑', ' '], ['↓', ' pass  '], ['/', ' filter  '], ['⏎', ' next match']];
   side.replaceChildren(
-    el('h1', '', M.model.name), el('p', '', `${M.factors.target.value} · ${M.factors.backend.value} · ${M.model.dtype}`),
+    el('h1', '', M.model.name), el('p', '', where),
     link(S.view === 'overview', '', { view: 'overview' }, '', 'Overview'),
-    link(S.view === 'schedule', '', { view: 'schedule', call: 0 }, '', 'Schedule', `${M.schedule.length} calls`),
+    link(S.view === 'schedule', '', { view: 'schedule', call: 0 }, '', 'Schedule',
+      `${M.schedule.length} calls`),
     el('h2', '', 'Passes'),
-    ...D.passes.map((p, i) => link(S.view === 'pass' && S.pass === i, p.pieces.length ? '' : 'quiet',
-      { view: 'pass', pass: i }, String(i), p.name, sites(p))),
-    el('p', '', el('br'), el('kbd', '', '↑'), ' ', el('kbd', '', '↓'), ' pass  ', el('kbd', '', '/'), ' filter  ',
-      el('kbd', '', '⏎'), ' next match'));
+    ...D.passes.map((p, i) => link(S.view === 'pass' && S.pass === i,
+      p.pieces.length ? '' : 'quiet', { view: 'pass', pass: i }, i, p.name, sites(p))),
+    el('p', '', el('br'), ...keys.flatMap(([k, what]) => [el('kbd', '', k), what])));
   side.querySelector('.on')?.scrollIntoView({ block: 'nearest' });
 }
 function hash(s) {
@@ -147,9 +152,13 @@ addEventListener('keydown', e => {
     if (at >= 0 && at < D.passes.length) go({ view: 'pass', pass: at });
     else if (at < 0) go({ view: 'overview' });
   } else if (e.key === '/' && field && !typing) field.focus();
-  else if (e.key === 'Enter' && (typing || e.target === document.body || e.target === main)) nextHit(e.shiftKey ? -1 : 1);
-  else if (e.key === 'Escape' && typing) { field.value = ''; field.dispatchEvent(new Event('input')); field.blur(); }
-  else return;
+  else if (e.key === 'Enter' && (typing || e.target === document.body || e.target === main)) {
+    nextHit(e.shiftKey ? -1 : 1);
+  } else if (e.key === 'Escape' && typing) {
+    field.value = '';
+    field.dispatchEvent(new Event('input'));
+    field.blur();
+  } else return;
   e.preventDefault();
 });
 route();

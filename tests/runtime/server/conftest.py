@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from runtime_types import Listen, MakeClient, MakeEngine
+from tests.runtime.runtime_types import Listen, MakeClient, MakeEngine
 from transformers import PreTrainedTokenizerFast
 
 from xllm.runtime.async_engine import AsyncEngine

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from runtime_types import EOS_ID, MakeClient, MakeEngine, Recite
+from tests.runtime.runtime_types import EOS_ID, MakeClient, MakeEngine, Recite
 
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine
@@ -126,6 +126,7 @@ def test_messages_in_parts(make_client: MakeClient, make_engine: MakeEngine,
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
     (CHAT, {"messages": [{"role": "assistant", "content": "hi"}]}, "messages"),
+    (CHAT, {"messages": [{**HELLO[0], "tool_calls": [{"id": "1"}]}]}, "messages"),
     (CHAT, {"messages": HELLO, "max_tokens": 0}, "max_tokens"),
     (CHAT, {"messages": HELLO, "max_tokens": "9"}, "max_tokens"),
     (CHAT, {"messages": HELLO, "temperature": -1}, "temperature"),

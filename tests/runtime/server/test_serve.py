@@ -12,7 +12,7 @@ import time
 
 import httpx
 import pytest
-from runtime_types import MakeEngine
+from tests.runtime.runtime_types import MakeEngine
 from transformers import PreTrainedTokenizerFast
 
 from xllm.config import ServerConfig
@@ -39,7 +39,7 @@ def test_a_host_that_cannot_be(
 
 def test_the_curl_line_can_be_pasted(make_engine: MakeEngine) -> None:
     text = banner(make_engine(), "it's", "::1", 80)
-    assert "256 tokens" in text and "64 blocks of 16 tokens = 1024 tokens" in text
+    assert "256 tokens" in text and "64 blocks of 16 tokens, 1024 in all" in text
     command = text[text.index("curl") :].replace("\\\n", "")
     words = shlex.split(command)
     assert words[1] == "http://[::1]:80/v1/chat/completions"
