@@ -33,8 +33,8 @@ def time_theirs(model: torch.nn.Module, ids: list[list[int]], tokens: int) -> fl
     x = torch.tensor(ids)
     with torch.inference_mode():
         return seconds(lambda: model.generate(
-            x, attention_mask=torch.ones_like(x), max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False, pad_token_id=0))
+            x, attention_mask=torch.ones_like(x), max_new_tokens=tokens, do_sample=False,
+            pad_token_id=0))
 
 
 def main() -> None:
@@ -47,6 +47,7 @@ def main() -> None:
     path = save_random(qwen3_06b(), args.model)
     llm = LLM(str(path), kv_cache_gib=1)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None  # never stop early
     engines = {"ours": lambda *a: time_ours(llm, *a), "theirs": lambda *a: time_theirs(model, *a)}
     steps, found = args.tokens - 1, {}
     for run in engines.values():

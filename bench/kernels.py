@@ -97,7 +97,9 @@ def best(calls: list[Callable[[], object]], seconds: float) -> list[float]:
 class Machine:
     """Limits measured with all of torch's threads: read bandwidth and arithmetic."""
 
-    def __init__(self, isa: str, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
+        features = build.cpu_features()
+        isa = next(isa for isa in build.ISA_FLAGS if build.runs_on(isa, features))
         source, library = folder / "probe.cpp", folder / "probe.so"
         source.write_text(PROBE)
         flags = [*build.COMMON_FLAGS, "-fvisibility=default", *build.isa_flags(isa)]
@@ -212,12 +214,13 @@ def main() -> None:
         build.compile_cpu(options.isa, Path(folder) / "kernels.so")
         compiled = time.perf_counter() - started
         torch.ops.load_library(Path(folder) / "kernels.so")
-        machine = Machine(options.isa, Path(folder))
+        machine = Machine(Path(folder))
     body = measure(machine, options.only, options.seconds)
+    command = shlex.join(["python", "bench/kernels.py", *sys.argv[1:]])
     text = (f"# CPU kernels against torch's operators\n\n{body}\n\n"
             f"* machine: {common.machine()}; kernels for {options.isa}, compiled in "
             f"{compiled:.0f} s\n* date: {datetime.date.today()}\n"
-            f"* command: `python bench/kernels.py {shlex.join(sys.argv[1:])}`\n")
+            f"* command: `{command}`\n")
     print(text)
     if options.out:
         options.out.write_text(text)

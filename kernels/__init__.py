@@ -13,5 +13,11 @@ CPU_SOURCES: dict[str, str] = {
     "kv_write": "kv_write.cpp",
     "qk_norm_rope_kv_write": "kv_write.cpp",
     "paged_attention": "attention.cpp",
+    "rms_norm": "elementwise.cpp",
+    "add_rms_norm": "elementwise.cpp",
+    "silu_mul": "elementwise.cpp",
 }
-CPU_KERNELS: frozenset[str] = frozenset(CPU_SOURCES)
+# Elementwise ops, compiled for graphs that are interpreted; Inductor's own fusions are as good.
+LEFT_TO_INDUCTOR: frozenset[str] = frozenset({"rms_norm", "add_rms_norm", "silu_mul"})
+# Ops that lowering calls as kernels.
+CPU_KERNELS: frozenset[str] = frozenset(CPU_SOURCES) - LEFT_TO_INDUCTOR

@@ -2,7 +2,6 @@
 // where that gives too few items, and partial results are merged (Dao et al. 2023, flash-decoding).
 #include "attention.h"
 
-#include <cmath>
 #include <vector>
 
 namespace xllm {
@@ -119,7 +118,9 @@ void write_output(const Attention<T>& p, const Row& row, int64_t token, int64_t 
     total = total * factor + std::exp(p.sinks[head] - maximum);
   }
   T* out = p.out + (token * p.heads + head) * p.cache.dim;
-  for (int64_t d = 0; d < p.cache.dim; d++) round_to(row.sums[d] * factor / total, out + d);
+  float inverse = factor / total;
+  each(p.cache.dim,
+       [&](int64_t d, auto kind) { store(out + d, load_as(row.sums + d, kind) * inverse); });
 }
 
 template <class T>

@@ -2,10 +2,9 @@
 //
 // Rows (query token x head of the group) lie along the lanes, so that keys and values are used as
 // stored, one broadcast float at a time, and softmax needs no sum across lanes:
-//   scores[keys, rows] = K[keys, D] Q^T[D, rows];   sums[D, rows] += V^T[D, keys] weights[keys, rows]
+//   scores[keys, rows] = K[keys, D] Q^T[D, rows]
+//   sums[D, rows] += V^T[D, keys] weights[keys, rows]
 #include "attention.h"
-
-#include <cmath>
 
 namespace xllm {
 namespace {
@@ -27,7 +26,9 @@ int64_t state_floats(int64_t dim, int64_t width) {
 }
 
 State make_state(float* memory, int64_t dim, int64_t width) {
-  State s{dim, width};
+  State s{};
+  s.dim = dim;
+  s.width = width;
   float** parts[] = {&s.q, &s.sums, &s.scores, &s.maximum, &s.total, &s.position, &s.k, &s.v};
   int64_t sizes[] = {dim * width, dim * width, KEYS * width, width, width, width,
                      KEYS * dim,  KEYS * dim};
@@ -41,7 +42,8 @@ State make_state(float* memory, int64_t dim, int64_t width) {
   return s;
 }
 
-// c[M, N vectors] (+)= a b over `depth`; a is [M, depth] with rows `stride` apart, or its transpose.
+// c[M, N vectors] = a b over `depth`, a [M, depth] with rows `stride` apart; TRANSPOSED reads a as
+// [depth, M] and adds to c.
 template <int M, int N, bool TRANSPOSED>
 void product(const float* a, int64_t stride, const float* b, int64_t depth, float* c,
              int64_t width) {
@@ -92,9 +94,7 @@ void widen(const Attention<T>& p, const Item& item, const State& s, int64_t begi
     float* to = value ? s.v : s.k;
     for (int64_t i = 0; i < count; i++, to += s.dim) {
       const T* from = p.row(item.sequence, value, item.group, begin + i);
-      int64_t d = 0;
-      for (; d + VL <= s.dim; d += VL) store(to + d, load(from + d));
-      for (; d < s.dim; d++) to[d] = to_float(from[d]);
+      each(s.dim, [&](int64_t d, auto kind) { store(to + d, load_as(from + d, kind)); });
     }
   }
   std::fill(s.k + count * s.dim, s.k + round_up(count, MR) * s.dim, 0.f);

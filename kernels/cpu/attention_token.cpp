@@ -2,8 +2,6 @@
 // it. Lanes run along D; scores of up to HEADS heads and 4 keys are in registers at a time.
 #include "attention.h"
 
-#include <cmath>
-
 namespace xllm {
 namespace {
 
@@ -21,7 +19,9 @@ struct State {
 };
 
 State make_state(float* memory, int64_t rows, int64_t width) {
-  State s{rows, width};
+  State s{};
+  s.rows = rows;
+  s.width = width;
   float** parts[] = {&s.q, &s.sums, &s.scores, &s.maximum, &s.total, &s.decay, &s.wide};
   int64_t sizes[] = {rows * width, rows * width, rows * KEYS, rows, rows, rows, KEYS * width};
   for (int i = 0; i < 7; i++) {

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "elementwise.h"
 #include "linear.h"
 
 namespace {
@@ -27,11 +28,24 @@ const T* data_or_null(const MaybeTensor& t) {
   return t.has_value() ? data<T>(*t) : nullptr;
 }
 
+// The op's Python reference: float64 occurs only where a graph is verified.
+template <class... Arguments>
+torch::jit::Stack reference(const char* op, const Arguments&... arguments) {
+  auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(
+      (std::string("xllm::") + op).c_str(), "");
+  torch::jit::Stack stack;
+  (stack.emplace_back(arguments), ...);
+  handle.callBoxedForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd, stack);
+  return stack;
+}
+
+bool is_double(const Tensor& t) { return t.scalar_type() == at::kDouble; }
+
 // Call run(zero) with a zero of the tensor's element type.
 template <class Run>
 auto by_dtype(const char* op, const char* name, const Tensor& t, const Run& run) {
   REQUIRE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, op, name, " is ",
-        t.scalar_type(), "; the CPU kernel takes bfloat16 or float32");
+          t.scalar_type(), "; expected bfloat16, float32 or float64");
   return t.scalar_type() == at::kBFloat16 ? run(xllm::bf16{}) : run(0.f);
 }
 
@@ -41,12 +55,13 @@ void expect(const char* op, const char* name, const Tensor& t, at::ScalarType dt
   bool fits = t.dim() == int64_t(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); i++) fits = sizes[i] < 0 || t.size(i) == sizes[i];
   REQUIRE(t.scalar_type() == dtype && fits, op, name, " is ", t.scalar_type(), t.sizes(),
-        "; expected ", dtype, sizes, " (-1: any)");
+          "; expected ", dtype, sizes, " (-1: any)");
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                      int64_t rows) {
   const char* op = "packed_linear";
+  if (is_double(x)) return reference(op, x, weight, bias, rows)[0].toTensor();
   REQUIRE(x.dim() >= 1, op, "x has no dimension; expected [..., K]");
   int64_t k = x.size(-1);
   REQUIRE(k >= 2 && k % 2 == 0, op, "x has ", k, " columns; expected an even number");
@@ -68,14 +83,15 @@ Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
 
 Tensor packed_embedding(const Tensor& weight, const Tensor& ids) {
   const char* op = "packed_embedding";
+  if (is_double(weight)) return reference(op, weight, ids)[0].toTensor();
   expect(op, "weight", weight, weight.scalar_type(), {-1, -1, 32, 2});
   REQUIRE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, op, "ids is ",
-        ids.scalar_type(), "; expected int64 or int32");
+          ids.scalar_type(), "; expected int64 or int32");
   Tensor index = ids.to(at::kLong).contiguous(), packed = weight.contiguous();
   const int64_t* first = data<int64_t>(index);
   for (int64_t i = 0; i < index.numel(); i++)
     REQUIRE(first[i] >= 0 && first[i] < weight.size(0) * 32, op, "ids contains ", first[i],
-          "; expected 0 to ", weight.size(0) * 32 - 1);
+            "; expected 0 to ", weight.size(0) * 32 - 1);
   std::vector<int64_t> sizes = ids.sizes().vec();
   sizes.push_back(weight.size(1) * 2);
   Tensor out = at::empty(sizes, weight.options());
@@ -102,12 +118,13 @@ Tensor check_slots(const char* op, const Tensor& slots, const Tensor& cache, int
   int64_t limit = cache.size(0) * cache.size(3);
   for (int64_t i = 0; i < tokens; i++)
     REQUIRE(data<int64_t>(result)[i] >= 0 && data<int64_t>(result)[i] < limit, op,
-          "slot_mapping contains ", data<int64_t>(result)[i], "; expected 0 to ", limit - 1);
+            "slot_mapping contains ", data<int64_t>(result)[i], "; expected 0 to ", limit - 1);
   return result;
 }
 
 void kv_write(const Tensor& k, const Tensor& v, Tensor kv_cache, const Tensor& slot_mapping) {
   const char* op = "kv_write";
+  if (is_double(k)) return void(reference(op, k, v, kv_cache, slot_mapping));
   by_dtype(op, "kv_cache", kv_cache, [&](auto zero) {
     using T = decltype(zero);
     auto cache = view_cache<T, T>(op, kv_cache);
@@ -127,6 +144,8 @@ Tensor qk_norm_rope_kv_write(const Tensor& qkv, const MaybeTensor& q_norm,
                              const MaybeTensor& k_norm, double eps, const Tensor& cos,
                              const Tensor& sin, Tensor kv_cache, const Tensor& slot_mapping) {
   const char* op = "qk_norm_rope_kv_write";
+  if (is_double(qkv))
+    return reference(op, qkv, q_norm, k_norm, eps, cos, sin, kv_cache, slot_mapping)[0].toTensor();
   return by_dtype(op, "qkv", qkv, [&](auto zero) {
     using T = decltype(zero);
     auto dtype = qkv.scalar_type();
@@ -136,7 +155,7 @@ Tensor qk_norm_rope_kv_write(const Tensor& qkv, const MaybeTensor& q_norm,
     expect(op, "qkv", qkv, dtype, {-1, -1});
     int64_t tokens = qkv.size(0), heads = qkv.size(1) / dim - 2 * groups;
     REQUIRE(heads > 0 && qkv.size(1) % dim == 0 && dim % 2 == 0, op, "qkv has ", qkv.size(1),
-          " columns; expected (H + 2 * ", groups, ") * ", dim);
+            " columns; expected (H + 2 * ", groups, ") * ", dim);
     expect(op, "cos", cos, dtype, {tokens, dim});
     expect(op, "sin", sin, dtype, {tokens, dim});
     REQUIRE(q_norm.has_value() == k_norm.has_value(), op, "q_norm and k_norm: both or neither");
@@ -162,15 +181,15 @@ void check_batch(const char* op, const xllm::Attention<T>& p) {
   for (int64_t s = 0; s < p.sequences; s++) {
     int64_t count = p.new_tokens(s), length = p.lengths[s];
     REQUIRE(count >= 0 && p.starts[s + 1] <= p.tokens, op, "query_start_loc goes from ",
-          p.starts[s], " to ", p.starts[s + 1], "; expected ascending, at most ", p.tokens);
+            p.starts[s], " to ", p.starts[s + 1], "; expected ascending, at most ", p.tokens);
     if (count == 0) continue;
     int64_t pages = xllm::divide_up(length, p.cache.page_size);
     REQUIRE(length >= count && pages <= p.table_width, op, "seq_lens contains ", length,
-          "; expected ", count, " to ", p.table_width * p.cache.page_size);
+            "; expected ", count, " to ", p.table_width * p.cache.page_size);
     for (int64_t i = 0; i < pages; i++) {
       int64_t page = p.table[s * p.table_width + i];
       REQUIRE(page >= 0 && page < p.cache.pages, op, "block_table contains page ", page,
-            "; expected 0 to ", p.cache.pages - 1);
+              "; expected 0 to ", p.cache.pages - 1);
     }
   }
 }
@@ -180,6 +199,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
                        std::optional<int64_t> window, std::optional<double> softcap,
                        const MaybeTensor& sinks) {
   const char* op = "paged_attention";
+  if (is_double(q))
+    return reference(op, q, kv_cache, block_table, query_start_loc, seq_lens, scale, window,
+                     softcap, sinks)[0].toTensor();
   return by_dtype(op, "q", q, [&](auto zero) {
     using T = decltype(zero);
     auto cache = view_cache<const T, T>(op, kv_cache);
@@ -190,9 +212,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
     expect(op, "query_start_loc", query_start_loc, at::kInt, {sequences + 1});
     expect(op, "block_table", block_table, at::kInt, {sequences, -1});
     REQUIRE(cache.groups > 0 && heads % cache.groups == 0, op, "q has ", heads,
-          " heads; expected a multiple of ", cache.groups);
+            " heads; expected a multiple of ", cache.groups);
     REQUIRE(cache.dim % 8 == 0 && cache.dim <= xllm::MAX_DIM, op, "head size ", cache.dim,
-          "; expected a multiple of 8 up to ", xllm::MAX_DIM);
+            "; expected a multiple of 8 up to ", xllm::MAX_DIM);
     REQUIRE(!window || *window > 0, op, "window is ", window.value_or(0), "; expected 1 or more");
     REQUIRE(!softcap || *softcap > 0, op, "softcap is ", softcap.value_or(0), "; expected > 0");
     MaybeTensor logits;
@@ -212,9 +234,59 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
   });
 }
 
+// rms_norm of x, or of x + residual, which then comes back too.
+std::pair<Tensor, Tensor> norm(const char* op, const Tensor& x, const MaybeTensor& residual,
+                               const Tensor& weight, double eps) {
+  REQUIRE(x.dim() >= 1 && x.size(-1) > 0, op, "x has sizes ", x.sizes(), "; expected [..., N]");
+  int64_t columns = x.size(-1);
+  expect(op, "weight", weight, x.scalar_type(), {columns});
+  if (residual) expect(op, "residual", *residual, x.scalar_type(), x.sizes());
+  Tensor rows = x.contiguous(), scale = weight.contiguous();
+  MaybeTensor added = residual ? MaybeTensor(residual->contiguous()) : MaybeTensor();
+  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor total = residual ? at::empty(x.sizes(), x.options()) : out;
+  by_dtype(op, "x", x, [&](auto zero) {
+    using T = decltype(zero);
+    xllm::rms_norm<T>({data<T>(rows), data_or_null<T>(added), data<T>(scale), data<T>(total),
+                       data<T>(out), float(eps), rows.numel() / columns, columns});
+  });
+  return {out, total};
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  if (is_double(x)) return reference("rms_norm", x, weight, eps)[0].toTensor();
+  return norm("rms_norm", x, {}, weight, eps).first;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps) {
+  const char* op = "add_rms_norm";
+  if (is_double(x)) {
+    auto results = reference(op, x, residual, weight, eps);
+    return {results[0].toTensor(), results[1].toTensor()};
+  }
+  return norm(op, x, residual, weight, eps);
+}
+
+Tensor silu_mul(const Tensor& gate, const Tensor& up) {
+  const char* op = "silu_mul";
+  if (is_double(gate)) return reference(op, gate, up)[0].toTensor();
+  expect(op, "up", up, gate.scalar_type(), gate.sizes());
+  Tensor left = gate.contiguous(), right = up.contiguous();
+  Tensor out = at::empty(gate.sizes(), gate.options());
+  by_dtype(op, "gate", gate, [&](auto zero) {
+    using T = decltype(zero);
+    xllm::silu_mul(data<T>(left), data<T>(right), data<T>(out), out.numel());
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(xllm, CPU, m) {
+  m.impl("add_rms_norm", TORCH_FN(add_rms_norm));
+  m.impl("rms_norm", TORCH_FN(rms_norm));
+  m.impl("silu_mul", TORCH_FN(silu_mul));
   m.impl("packed_linear", TORCH_FN(packed_linear));
   m.impl("packed_embedding", TORCH_FN(packed_embedding));
   m.impl("kv_write", TORCH_FN(kv_write));

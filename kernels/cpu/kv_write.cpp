@@ -3,8 +3,7 @@
 // Every step rounds to T where the reference's tensor operations do.
 #include "kv_write.h"
 
-#include <cmath>
-
+#include "norm.h"
 #include "parallel.h"
 
 namespace xllm {
@@ -12,39 +11,24 @@ namespace {
 
 constexpr int64_t GRAIN = 8;  // tokens a thread takes at least
 
-// wide = rounded(weight * rounded(wide / rms(wide))), D floats.
+// out = rounded(rounded(x cos) + rounded(rotate_half(x) sin)), twice `half` values.
 template <class T>
-void norm(float* __restrict wide, const T* __restrict weight, float eps, int64_t dim) {
-  float squares = 0;
-  Vec partial = {};
-  int64_t i = 0;
-  for (; i + VL <= dim; i += VL) partial = fma(load(wide + i), load(wide + i), partial);
-  for (; i < dim; i++) squares += wide[i] * wide[i];
-  float scale = 1.f / std::sqrt((squares + sum(partial)) / float(dim) + eps);
-  for (i = 0; i < dim; i++)
-    wide[i] = rounded<T>(to_float(weight[i]) * rounded<T>(wide[i] * scale));
-}
-
-// out = rounded(rounded(x cos) + rounded(rotate_half(x) sin)).
-template <class T>
-void rotate(const float* __restrict x, const T* __restrict cos, const T* __restrict sin,
-            T* __restrict out, int64_t half) {
-  for (int64_t i = 0; i < half; i++) {
-    float a = x[i], b = x[half + i];
-    float first = rounded<T>(a * to_float(cos[i])), second = rounded<T>(-b * to_float(sin[i]));
-    round_to(first + second, out + i);
-    first = rounded<T>(b * to_float(cos[half + i]));
-    second = rounded<T>(a * to_float(sin[half + i]));
-    round_to(first + second, out + half + i);
-  }
+void rotate(const float* x, const T* cos, const T* sin, T* out, int64_t half) {
+  each(half, [&](int64_t i, auto kind) {
+    auto a = load_as(x + i, kind), b = load_as(x + half + i, kind);
+    auto first = rounded<T>(a * load_as(cos + i, kind));
+    store(out + i, first + rounded<T>(-b * load_as(sin + i, kind)));
+    auto second = rounded<T>(b * load_as(cos + half + i, kind));
+    store(out + half + i, second + rounded<T>(a * load_as(sin + half + i, kind)));
+  });
 }
 
 template <class T>
 void norm_rotate(const FusedWrite<T>& p, const T* x, const T* weight, int64_t token, T* out,
                  float* wide) {
   int64_t dim = p.cache.dim;
-  for (int64_t i = 0; i < dim; i++) wide[i] = to_float(x[i]);
-  if (weight) norm(wide, weight, p.eps, dim);
+  each(dim, [&](int64_t i, auto kind) { store(wide + i, load_as(x + i, kind)); });
+  if (weight) norm_row(wide, weight, p.eps, dim);
   rotate(wide, p.cos + token * dim, p.sin + token * dim, out, dim / 2);
 }
 

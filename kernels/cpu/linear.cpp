@@ -13,8 +13,9 @@ namespace xllm {
 namespace {
 
 constexpr int64_t BLOCK = 32;
-constexpr int64_t PREFETCH = 4096;      // bytes ahead; hardware prefetch stops at a page's end
-constexpr int64_t X_BYTES = 512 << 10;// a chunk of x: leaves room for a weight block in L2
+constexpr int64_t PACK_GRAIN = 1 << 15;  // values of x that a thread packs at least
+constexpr int64_t PREFETCH = 4096;       // bytes ahead; hardware prefetch stops at a page's end
+constexpr int64_t X_BYTES = 512 << 10;   // a chunk of x: leaves room for a weight block in L2
 
 // How a pair of weights per lane meets a pair of inputs. X is what x is packed as; a block is
 // taken VECTORS registers at a time, for up to ROWS rows.
@@ -36,10 +37,8 @@ struct DotProduct {
     for (int v = 0; v < VECTORS; v++) sum[v] = _mm512_dpbf16_ps(sum[v], w[v].pair, both);
   }
 };
-#endif
-
-// Weights widened in registers: on Intel cores one bfloat16 dot product takes the time of four
-// float32 FMAs and does the work of two.
+#else
+// Weights widened in registers, for float32 FMAs.
 struct Widened {
   using X = float;
   using W = bf16;
@@ -57,6 +56,7 @@ struct Widened {
     for (int v = 0; v < VECTORS; v++) sum[v] = fma(w[v].odd, odd, sum[v]);
   }
 };
+#endif
 
 // Even and odd inputs in neighbouring lanes, added up at the end: no shuffle in the loop.
 struct Interleaved {
@@ -119,7 +119,7 @@ void write_tile(const Linear<T>& p, const float* sums, int64_t row, int64_t rows
     T* to = p.out + (row + m) * p.n + first;
     for (int64_t n = 0; n < columns; n++) {
       float total = Dot::LANES == 2 ? from[2 * n] + from[2 * n + 1] : from[n];
-      round_to(p.bias ? total + to_float(p.bias[first + n]) : total, to + n);
+      store(to + n, p.bias ? total + to_float(p.bias[first + n]) : total);
     }
   }
 }
@@ -132,8 +132,8 @@ inline void convert(bf16 x, bf16* to) { *to = x; }
 // then reads one stream.
 template <class X, class T>
 void pack_rows(const Linear<T>& p, int64_t rows, X* packed) {
-  at::parallel_for(0, divide_up(p.m, rows), divide_up(1 << 15, rows * p.k), [&](int64_t begin,
-                                                                                int64_t end) {
+  int64_t tiles = divide_up(p.m, rows), grain = divide_up(PACK_GRAIN, rows * p.k);
+  at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile++) {
       int64_t first = tile * rows, count = std::min(rows, p.m - first);
       X* to = packed + first * p.k;
@@ -144,37 +144,42 @@ void pack_rows(const Linear<T>& p, int64_t rows, X* packed) {
   });
 }
 
+// Outputs of one weight block for rows [first, last) of x, packed in tiles of `rows`.
+template <class Dot, class T>
+void run_block(const Linear<T>& p, const typename Dot::X* x, int64_t rows, int64_t first,
+               int64_t last, int64_t block) {
+  alignas(64) float sums[Dot::ROWS * BLOCK * Dot::LANES];
+  const T* w = p.weight + block * BLOCK * p.k;
+  for (int64_t row = first; row < last; row += rows) {
+    int64_t count = std::min(rows, last - row);
+    auto kernel = pick<Dot>(count, std::make_integer_sequence<int, Dot::ROWS>());
+    // The last tile of several finds this block in cache, so it fetches the next one.
+    bool next = row != first && row + rows >= last;
+    int64_t ahead = next ? BLOCK * p.k * int64_t(sizeof(T)) : PREFETCH;
+    kernel(x + row * p.k, p.k, w, ahead, sums);
+    write_tile<Dot>(p, sums, row, count, block * BLOCK);
+  }
+}
+
 template <class Dot, class T>
 void run(const Linear<T>& p) {
   using X = typename Dot::X;
-  int64_t tiles = divide_up(p.m, Dot::ROWS), rows = divide_up(p.m, std::max<int64_t>(1, tiles));
+  if (p.m == 0) return;
+  int64_t rows = divide_up(p.m, divide_up(p.m, Dot::ROWS));  // of a tile: even, at most ROWS
   Scratch memory;
   X* x = reinterpret_cast<X*>(memory.get(p.m * p.k));
-  if (p.m == 0) return;
   pack_rows(p, rows, x);
   int64_t tile_bytes = rows * p.k * int64_t(sizeof(X));
-  int64_t tiles_per_chunk = std::max<int64_t>(1, X_BYTES / tile_bytes);
-  int64_t chunks = divide_up(divide_up(p.m, rows), tiles_per_chunk);
+  int64_t chunk = rows * std::max<int64_t>(1, X_BYTES / tile_bytes);
   int64_t blocks = divide_up(p.n, BLOCK);
   int64_t blocks_per_task = std::max<int64_t>(1, blocks / (8 * at::get_num_threads()));
   int64_t tasks_per_chunk = divide_up(blocks, blocks_per_task);
-  for_each_item(chunks * tasks_per_chunk, [&](int64_t task) {
-    int64_t first = task / tasks_per_chunk * tiles_per_chunk * rows;
-    int64_t last = std::min(p.m, first + tiles_per_chunk * rows);
+  for_each_item(divide_up(p.m, chunk) * tasks_per_chunk, [&](int64_t task) {
+    int64_t first = task / tasks_per_chunk * chunk, last = std::min(p.m, first + chunk);
     int64_t begin = task % tasks_per_chunk * blocks_per_task;
     int64_t end = std::min(blocks, begin + blocks_per_task);
-    alignas(64) float sums[Dot::ROWS * BLOCK * Dot::LANES];
-    for (int64_t block = begin; block < end; block++) {
-      for (int64_t row = first; row < last; row += rows) {
-        int64_t count = std::min(rows, last - row);
-        auto kernel = pick<Dot>(count, std::make_integer_sequence<int, Dot::ROWS>());
-        // The last tile of several finds this block in cache, so it fetches the next one.
-        bool next = row != first && row + rows >= last;
-        kernel(x + row * p.k, p.k, p.weight + block * BLOCK * p.k,
-               next ? BLOCK * p.k * int64_t(sizeof(T)) : PREFETCH, sums);
-        write_tile<Dot>(p, sums, row, count, block * BLOCK);
-      }
-    }
+    for (int64_t block = begin; block < end; block++)
+      run_block<Dot>(p, x, rows, first, last, block);
   });
 }
 
@@ -184,9 +189,10 @@ void packed_linear(const Linear<float>& p) { run<Interleaved>(p); }
 
 void packed_linear(const Linear<bf16>& p) {
 #if defined(__AVX512BF16__)
-  if (!__builtin_cpu_is("intel")) return run<DotProduct>(p);
-#endif
+  run<DotProduct>(p);
+#else
   run<Widened>(p);
+#endif
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 // intrinsics appear only where they do what generic code cannot (bfloat16 dot and rounding, FMA).
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -44,22 +45,16 @@ inline float to_float(bf16 x) {
   return result;
 }
 
-inline void round_to(float x, float* out) { *out = x; }
-
 // Round to nearest, ties to even; a NaN stays a NaN.
-inline void round_to(float x, bf16* out) {
+inline bf16 to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out->bits = x == x ? uint16_t(rounded) : uint16_t(0x7fc0);
+  return {x == x ? uint16_t(rounded) : uint16_t(0x7fc0)};
 }
 
-template <class T>
-inline float rounded(float x) {
-  T narrow;
-  round_to(x, &narrow);
-  return to_float(narrow);
-}
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16* p, float x) { *p = to_bf16(x); }
 
 // Subtracting zero changes no float, so the compiler leaves just the broadcast.
 inline Vec splat(float x) { return x - Vec{}; }
@@ -88,6 +83,34 @@ inline void store(bf16* p, Vec x) {
   bits = x == x ? bits : Bits{} + 0x7fc0;
   *reinterpret_cast<HalvesAt*>(p) = __builtin_convertvector(bits, Halves);
 #endif
+}
+
+// x as it reads back from memory of type T.
+template <class T, class V>
+inline V rounded(V x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (sizeof(V) == 4) {
+    return to_float(to_bf16(x));
+  } else {
+    Bits bits = reinterpret_cast<Bits>(x);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    return x == x ? reinterpret_cast<Vec>(bits) : x;
+  }
+}
+
+// One value or one vector from memory, as `kind` is a float or a Vec.
+template <class T>
+inline float load_as(const T* p, float) { return to_float(*p); }
+template <class T>
+inline Vec load_as(const T* p, Vec) { return load(p); }
+
+// body(i, kind) for 0 ... n - 1: whole vectors with a Vec as kind, then the rest with a float.
+template <class Body>
+inline void each(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) body(i, Vec{});
+  for (; i < n; i++) body(i, 0.f);
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -141,6 +164,8 @@ inline Vec exp(Vec x) {
   Vec result = p * reinterpret_cast<Vec>(power);
   return x < low ? Vec{} : result;
 }
+
+inline float exp(float x) { return std::exp(x); }
 
 // tanh within a few units in the last place; the polynomial keeps small arguments accurate.
 inline Vec tanh(Vec x) {

@@ -23,8 +23,10 @@ FAMILIES = families()
 
 @functools.cache
 def model_of(path: Path, dtype: torch.dtype) -> torch.nn.Module:
-    """The ``transformers`` model, loaded once."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    """The ``transformers`` model, loaded once; it never stops by itself."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def reference(path: Path, prompt: list[int], tokens: int) -> list[int]:
@@ -32,8 +34,8 @@ def reference(path: Path, prompt: list[int], tokens: int) -> list[int]:
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = model_of(path, torch.float32).generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
-            min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            pad_token_id=0)
     return out[0, len(prompt):].tolist()
 
 

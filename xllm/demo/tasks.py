@@ -132,7 +132,7 @@ def subtract(rng: Random) -> Item:
 
 
 def _random_word(rng: Random) -> str:
-    """3 to 8 letters: random letters, few or many, random syllables, or a word from the lists."""
+    """Random letters, few or many, random syllables, or a word from the lists."""
     kind = rng.random()
     if kind < 0.4:
         letters = rng.sample(string.ascii_lowercase, rng.choice((2, 3, 4, 26, 26, 26)))

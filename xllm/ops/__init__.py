@@ -3,4 +3,6 @@
 from xllm.ops import activation, attention, linear, norm, rope
 from xllm.ops.core import REGISTRY, Cost, Op, Tolerance
 
-__all__ = ["REGISTRY", "Cost", "Op", "Tolerance", "activation", "attention", "linear", "norm", "rope"]
+__all__ = [
+    "REGISTRY", "Cost", "Op", "Tolerance", "activation", "attention", "linear", "norm", "rope",
+]

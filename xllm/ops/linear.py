@@ -43,8 +43,7 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> T
 
 def packed_embedding(weight: Tensor, ids: Tensor) -> Tensor:
     """Rows ``ids`` of the packed weight ``[V / 32, K / 2, 32, 2]``: ``[...]`` → ``[..., K]``."""
-    rows = weight[ids // BLOCK, :, ids % BLOCK]
-    return rows.reshape(*ids.shape, -1)
+    return weight[ids // BLOCK, :, ids % BLOCK].flatten(-2)
 
 
 def _fake_embedding(weight: Tensor, ids: Tensor) -> Tensor:

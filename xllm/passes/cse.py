@@ -34,7 +34,7 @@ def cse(gm: fx.GraphModule, ctx: PassContext) -> int:
     sites = 0
     seen: dict[tuple, fx.Node] = {}
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or _is_random(node):
+        if node.op != "call_function" or _is_random(node) or any(map(mutates, node.users)):
             continue
         if mutates(node):
             seen.clear()

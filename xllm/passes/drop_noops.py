@@ -6,7 +6,8 @@
     aten._assert_tensor_metadata(%x, ...)                 ->   (nothing)
 
 Also multiplication by 1, addition of 0, squeeze of unsqueeze, views and expands to the same shape,
-contiguous, detach, alias, clone and dropout outside training.
+contiguous, detach, alias, clone and dropout outside training. A copy that changes the layout stays
+(a view may need it), and so do all copies in a graph that writes to tensors.
 
 Level: captured -> captured. Numerics: exact.
 """
@@ -18,7 +19,7 @@ from torch import fx
 
 from xllm.graph import calls_of
 from xllm.passes.core import ModelFacts, PassContext
-from xllm.passes.rewrite import full_args
+from xllm.passes.rewrite import full_args, mutates
 from xllm.torch_private import same_type
 
 aten = torch.ops.aten
@@ -29,6 +30,8 @@ _SAME_TYPE = {
     aten.reshape.default, aten.expand.default, aten.slice.Tensor, aten.contiguous.default,
     aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh_copy.default,
 }
+_COPIES = {aten.contiguous.default, aten.clone.default, aten._to_copy.default,
+           aten.lift_fresh_copy.default}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default,
            aten.sym_constrain_range_for_size.default}
 _NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
@@ -36,12 +39,18 @@ _INVERSE = {aten.transpose.int: aten.transpose.int, aten.squeeze.dim: aten.unsqu
             aten.unsqueeze.default: aten.squeeze.dim}
 
 
+def _copy_matters(node: fx.Node, source: fx.Node) -> bool:
+    """Whether the memory of a copy, not its values alone, may matter to anybody."""
+    layouts = [str(n.meta["val"].stride()) for n in (node, source)]  # compares without guards
+    return layouts[0] != layouts[1] or any(mutates(n) for n in node.graph.nodes)
+
+
 def _source(node: fx.Node) -> fx.Node | None:
     """The earlier node that has the same value, if this one changes nothing."""
     args = full_args(node)
     x = args[0]
     if node.target in _SAME_TYPE and same_type(x.meta["val"], node.meta["val"]):
-        return x
+        return None if node.target in _COPIES and _copy_matters(node, x) else x
     if node.target in _NEUTRAL and args[1] == _NEUTRAL[node.target]:
         return x if same_type(x.meta["val"], node.meta["val"]) else None
     if node.target is aten.dropout.default and (args[1] == 0 or not args[2]):

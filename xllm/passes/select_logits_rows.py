@@ -25,7 +25,8 @@ def select_logits_rows(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Compute logits only for the rows that somebody asked for."""
     (output,) = gm.graph.find_nodes(op="output")
     head = output.args[0][0]
-    if not (isinstance(head, fx.Node) and head.target is aten.linear.default):
+    is_head = isinstance(head, fx.Node) and head.target is aten.linear.default
+    if not is_head or set(head.users) != {output}:
         return 0
     mode = head.meta["val"].fake_mode
     with mode:

@@ -87,7 +87,8 @@ def open_checkpoint(artifact: Artifact, config: EngineConfig) -> Checkpoint:
     try:
         checkpoint = Checkpoint.open(source)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; --weights DIR names where the checkpoint is now") from error
+        hint = "--weights DIR names where the checkpoint is now"
+        raise CheckpointError(f"{error}; {hint}") from error
     if checkpoint.fingerprint != artifact.factor("checkpoint"):
         raise CheckpointError(f"{checkpoint.path} is not the checkpoint that {artifact.path} was "
                               "compiled from (its fingerprint differs); compile again")

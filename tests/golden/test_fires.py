@@ -1,0 +1,88 @@
+"""Every pass fires as often as stored, and as often as the model says it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.golden import fires
+from tests.tiny import CASES, FAMILIES, OTHER_CASES, captured, case_id, stages
+from xllm.compiler.pipeline import PIPELINE
+from xllm.compiler.runner import PassError, run_pass
+from xllm.graph import calls_of, copy_program
+from xllm.passes import fuse_add_rms_norm, recognise_rms_norm
+from xllm.passes.core import Pass
+from xllm.passes.rewrite import Rewrite
+
+BY_MODEL = pytest.mark.parametrize(("family", "dtype"), CASES, ids=case_id)
+ADVICE = "read the difference, then `python -m tests.golden`"
+
+
+def check(family: str, dtype: torch.dtype) -> None:
+    """Measured counts against the stored ones."""
+    target = fires.context_of(family, dtype).target.name
+    assert fires.measure(family, dtype) == fires.load()[family][target][case_id(dtype)], ADVICE
+
+
+@BY_MODEL
+def test_fires(family: str, dtype: torch.dtype) -> None:
+    check(family, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dtype"), OTHER_CASES, ids=case_id)
+def test_fires_on_variants(family: str, dtype: torch.dtype) -> None:
+    check(family, dtype)
+
+
+def test_all_families_are_stored() -> None:
+    assert list(fires.load()) == sorted(FAMILIES)
+
+
+@BY_MODEL
+def test_expected_counts_are_met(family: str, dtype: torch.dtype) -> None:
+    """100 % of the expected sites, and most passes do say what they expect."""
+    records = stages(family, dtype)[1]
+    told = [record for record in records if record.expected is not None]
+    assert [r.sites for r in told] == [r.expected for r in told]
+    assert {r.name for r in records} - {r.name for r in told} == {
+        "static_views", "drop_noops", "cse", "lower"}
+
+
+def stage_input(family: str, name: str) -> tuple[Pass, object, object]:
+    """A pass, a program that it can edit, and the context."""
+    found, _, ctx = stages(family, torch.bfloat16)
+    stage = next(s for s in found if s.item.name == name)
+    return stage.item, copy_program(stage.before), ctx
+
+
+def test_one_altered_norm_fails_the_build() -> None:
+    item, program, ctx = stage_input("qwen3", "recognise_rms_norm")
+    (gm,) = program.pieces.values()
+    rsqrt = next(calls_of(gm, torch.ops.aten.rsqrt.default))
+    rsqrt.target = torch.ops.aten.sqrt.default
+    with pytest.raises(PassError, match=r"recognise_rms_norm rewrote 8 sites of Qwen3.*expected 9"):
+        run_pass(item, program, ctx, item.before)
+
+
+@pytest.mark.parametrize(("module", "expected"), [(recognise_rms_norm, 5), (fuse_add_rms_norm, 4)])
+def test_a_rule_that_never_matches_fails_the_build(
+    module: object, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = module.__name__.rsplit(".", 1)[-1]
+    never = tuple(Rewrite(r.before, r.after, lambda match: False) for r in module.RULES)
+    monkeypatch.setattr(module, "RULES", never)
+    item, program, ctx = stage_input("llama", name)
+    with pytest.raises(PassError, match=f"pass {name} rewrote 0 sites of Llama.*{expected}"):
+        run_pass(item, program, ctx, item.before)
+
+
+@pytest.mark.parametrize("name", sorted({
+    item.name for item in PIPELINE} - {"static_views", "drop_noops", "cse", "lower"}))
+def test_a_pass_that_does_nothing_fails_the_build(name: str) -> None:
+    item, program, ctx = stage_input("llama", name)
+    level = item.after if name.startswith("fuse") else item.before  # legal for the same graph
+    idle = Pass(name, lambda *_: 0, item.expected, item.scope, item.before, level, item.doc)
+    sites = item.expected(ctx.facts, ctx)
+    with pytest.raises(PassError, match=f"pass {name} rewrote 0 sites.*expected {sites}"):
+        run_pass(idle, program, ctx, item.before)
