@@ -44,7 +44,7 @@ def resolve(model: str) -> Path:
     if model == "demo":
         return demo.CHECKPOINT
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path.resolve()
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"model {model!r} is no directory; accepted: a checkpoint directory, "

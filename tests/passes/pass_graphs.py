@@ -11,11 +11,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from xllm.backends.eager import interpret
-from xllm.graph import Call, Constant, Program, Weight, placeholders, retype
+from xllm.graph import Call, Constant, Input, Program, State, Weight, placeholders, retype
 from xllm.passes.core import ModelFacts, PassContext
 from xllm.serialize import graph_text
 from xllm.targets import find
-from xllm.weights import Leaf
+from xllm.weights import Leaf, evaluate
 
 aten = torch.ops.aten
 xllm = torch.ops.xllm
@@ -126,6 +126,18 @@ def clean(gm: fx.GraphModule) -> fx.GraphModule:
 def clones(arguments: dict[str, object]) -> dict[str, object]:
     """Arguments that an op may write to."""
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def execute_bound(gm: fx.GraphModule, values: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs with every placeholder's binding resolved; ``values`` by name of weight or input."""
+    inputs = []
+    for node in placeholders(gm):
+        match node.meta["bind"]:
+            case Weight(recipe):
+                inputs.append(evaluate(recipe, lambda leaf: values[leaf.removesuffix(".weight")]))
+            case Input(name) | Constant(name) | State(name):
+                inputs.append(values[name])
+    return interpret(gm)(inputs)
 
 
 def execute(gm: fx.GraphModule, arguments: dict[str, object]) -> list[Tensor]:

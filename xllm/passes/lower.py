@@ -46,6 +46,8 @@ def lower(gm: fx.GraphModule, ctx: PassContext) -> int:
     for before, after in zip(old, placeholders(traced), strict=True):
         after.meta["bind"] = before.meta["bind"]
         after.name = after.target = before.name
+    for node in traced.graph.nodes:
+        node.meta.setdefault("val", None)  # ops that return nothing are traced without one
     gm.graph = traced.graph
     return inline.sites
 
