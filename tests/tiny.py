@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, for tests: configurations, programs, checkpoints."""
+"""Tiny random models of every supported family: configurations, programs, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from xllm.compiler.capture import capture
 from xllm.compiler.pipeline import PIPELINE

@@ -137,8 +137,8 @@ def graph_from_json(rows: list[dict]) -> fx.GraphModule:
                              shape=tuple(row["shape"]))
         elif row["op"] == "call_function":
             kwargs = {k: _decode(v, nodes) for k, v in row["kwargs"].items()}
-            node = graph.call_function(find_target(row["target"]),
-                                       tuple(_decode(row["args"], nodes)), kwargs)
+            node = graph.create_node("call_function", find_target(row["target"]),
+                                     tuple(_decode(row["args"], nodes)), kwargs, row["name"])
         else:
             node = graph.output(tuple(_decode(row["args"], nodes))[0])
         nodes[row["name"]] = node

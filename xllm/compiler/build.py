@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 from pathlib import Path
@@ -99,6 +100,8 @@ def build_blobs(planned: Plan, program: Program, facts: ModelFacts, writer: Arti
     if planned.backend != "eager":
         kernel_blobs.append(writer.blob(kernel_library(reporter)))
     total = len(variants) * len(program.pieces)
+    gc.collect()
+    gc.freeze()  # the captured model's objects would be walked again and again while compiling
     with reporter.phase(f"compile ({planned.backend})", total=total) as phase, \
             tempfile.TemporaryDirectory() as scratch:
         for variant, fixed in variants.items():
@@ -108,6 +111,7 @@ def build_blobs(planned: Plan, program: Program, facts: ModelFacts, writer: Arti
                 options = BuildOptions(sizes, symbol_names(program), fixed)
                 backend.build(gm, options, out)
                 blobs.setdefault(variant, {})[piece] = writer.blob(out)
+    gc.unfreeze()
     return {"variants": blobs, "kernels": kernel_blobs,
             "buckets": bucket_table(config, static)}
 

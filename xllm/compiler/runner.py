@@ -21,7 +21,7 @@ class PassError(UserError, RuntimeError):
 
 @dataclass
 class PassRecord:
-    """What one pass did. ``snapshot`` is the program after it: piece → lines with module paths."""
+    """What one pass did. ``snapshot`` is the program after it: piece → lines, module paths."""
 
     name: str
     level: str

@@ -31,6 +31,7 @@ from xllm.graph import (
 )
 from xllm.ops.samples import ragged_batch
 from xllm.passes.core import Pass, PassContext
+from xllm.serialize import type_text
 
 TOLERANCE = {
     "exact": {torch.float32: 0.0, torch.bfloat16: 0.0},
@@ -120,7 +121,12 @@ class Oracle:
             case Constant(name):
                 return program.constants[name]
             case Weight(recipe):
-                return weights.evaluate(recipe, lambda name: self.leaf(leaves[name]))
+                value = weights.evaluate(recipe, lambda name: self.leaf(leaves[name]))
+                typed = node.meta["val"]
+                if (value.dtype, value.shape) != (typed.dtype, typed.shape):
+                    raise VerifyError(f"parameter {node.name} is typed {type_text(typed)}, its "
+                                      f"recipe makes {type_text(value)}")
+                return value
             case State():
                 return self._cache(node, int(values["num_pages"]), index)
         raise VerifyError(f"placeholder {node.name} has no value")

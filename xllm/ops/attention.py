@@ -102,7 +102,7 @@ def qk_norm_rope_kv_write(
     qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos: Tensor,
     sin: Tensor, kv_cache: Tensor, slot_mapping: Tensor,
 ) -> Tensor:
-    """Split ``qkv [T, (H + 2 G) D]``, norm and rotate q and k, write k and v; return q ``[T, H, D]``.
+    """Split ``qkv [T, (H + 2 G) D]``, norm and rotate q and k, write k and v → q ``[T, H, D]``.
 
     ``q_norm, k_norm [D]`` (both or neither); ``cos, sin [T, D]``; the cache as in
     :func:`kv_write`. G and D are the cache's. Each step rounds as the unfused ops do.
@@ -138,7 +138,8 @@ def _attention_cost(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Cost:
 def _paged_cost(q: Tensor, kv_cache: Tensor, block_table: Tensor, query_start_loc: Tensor,
                 seq_lens: Tensor, *options: object) -> Cost:
     page_bytes = kv_cache[0].numel() * kv_cache.element_size()
-    pages = int((seq_lens + kv_cache.shape[3] - 1).div(kv_cache.shape[3], rounding_mode="floor").sum())
+    page_size = kv_cache.shape[3]
+    pages = int((seq_lens + page_size - 1).div(page_size, rounding_mode="floor").sum())
     flops = 4 * q.numel() * int(seq_lens.max())
     return Cost(flops, nbytes(q, q) + pages * page_bytes)
 

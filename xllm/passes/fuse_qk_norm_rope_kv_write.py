@@ -28,7 +28,8 @@ def _split(qkv: Tensor, shapes: tuple, ends: tuple) -> tuple[Tensor, Tensor, Ten
     return q, k, v
 
 
-def _write(q: Tensor, k: Tensor, v: Tensor, tables: tuple, kv_cache: Tensor, slots: Tensor) -> Tensor:
+def _write(q: Tensor, k: Tensor, v: Tensor, tables: tuple, kv_cache: Tensor,
+           slots: Tensor) -> Tensor:
     k = aten.squeeze.dim(xllm.rope.default(k, *tables), 0)
     xllm.kv_write.default(k, aten.squeeze.dim(v, 0), kv_cache, slots)
     return aten.squeeze.dim(xllm.rope.default(q, *tables), 0)

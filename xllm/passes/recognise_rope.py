@@ -1,7 +1,7 @@
 """Recognise ``xllm.rope``, rotary embedding on ``[B, H, T, D]``.
 
-    %a = aten.mul(%x, %cos); %h = aten.cat([aten.neg(aten.slice(%x, 3, D/2)), aten.slice(%x, 3, 0, D/2)], -1)
-    %y = aten.add(%a, aten.mul(%h, %sin))
+    %h = aten.cat([aten.neg(aten.slice(%x, 3, D/2, end)), aten.slice(%x, 3, 0, D/2)], -1)
+    %y = aten.add(aten.mul(%x, %cos), aten.mul(%h, %sin))
     ->   %y = aten.transpose(xllm.rope(aten.transpose(%x, 1, 2), cos, sin), 1, 2)
 
 The op takes heads behind tokens, as the projections leave them; the transposes cancel against
