@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 from common import median, publish, seconds, table
-
 from xllm import targets
 from xllm.compiler import build, plan
 from xllm.config import CompileConfig, EngineConfig

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 from common import publish, qwen3_06b, save_random, table
-
 from xllm.compiler import build, plan
 from xllm.config import CompileConfig
 from xllm.progress import Reporter

@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import median, publish, qwen3_06b, read_bandwidth, save_random, seconds, table
 from transformers import AutoModelForCausalLM
 
+from common import median, publish, qwen3_06b, read_bandwidth, save_random, seconds, table
 from xllm import LLM, SamplingParams
 
 
@@ -41,8 +41,9 @@ def main() -> None:
     """Measure and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=9, help="decode steps per measurement, plus 1")
-    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "qwen3-0.6b-shape")
+    parser.add_argument("--tokens", type=int, default=9, help="decode steps in a run, plus 1")
+    parser.add_argument("--model", type=Path,
+                        default=Path(tempfile.gettempdir()) / "qwen3-0.6b-shape")
     args = parser.parse_args()
     path = save_random(qwen3_06b(), args.model)
     llm = LLM(str(path), kv_cache_gib=1)
@@ -59,7 +60,8 @@ def main() -> None:
                 rate = batch * steps / (run(ids, args.tokens) - run(ids, 1))
                 found.setdefault((f"decode, batch {batch}", name), []).append(rate)
         for name, run in engines.items():
-            found.setdefault(("prefill, 512 tokens", name), []).append(512 / run(prompts(1, 512), 1))
+            rate = 512 / run(prompts(1, 512), 1)
+            found.setdefault(("prefill, 512 tokens", name), []).append(rate)
     rows = []
     for case in dict.fromkeys(case for case, _ in found):
         ours, theirs = found[case, "ours"], found[case, "theirs"]

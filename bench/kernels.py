@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import common
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+import common
 from xllm.kernels import build
 from xllm.ops.linear import pack
 

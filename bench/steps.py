@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from common import publish, table
-
 from xllm.artifact import Artifact
 from xllm.config import EngineConfig
 from xllm.llm import open_executor

@@ -128,7 +128,8 @@ def test_everything_is_annotated_and_documented() -> None:
         assert ast.get_docstring(tree) or not tree.body, f"{name} has no docstring"
         for node in functions(tree):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            bare = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            bare = [a.arg for a in arguments
+                    if a.annotation is None and a.arg not in ("self", "cls")]
             assert not bare, f"{name}:{node.name} lacks annotations of {bare}"
             assert node.returns is not None or node.name == "__init__", (
                 f"{name}:{node.name} lacks a return annotation")

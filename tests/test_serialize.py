@@ -12,8 +12,8 @@ from torch import fx
 
 from tests.passes.pass_graphs import (
     T,
-    aten,
     assert_equal,
+    aten,
     build,
     execute,
     fake,

@@ -8,7 +8,6 @@ import torch
 
 from xllm.errors import UserError
 
-
 DTYPES = {str(d).removeprefix("torch."): d
           for d in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)}
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-
 BANNER_SECONDS = 400  # a first start compiles
 
 

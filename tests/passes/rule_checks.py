@@ -9,7 +9,10 @@ import random
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, fx
+
 from tests.passes.pass_graphs import (
+    MODE,
     FakeMaker,
     RealMaker,
     assert_equal,
@@ -22,10 +25,8 @@ from tests.passes.pass_graphs import (
     lines,
     targets,
 )
-from tests.passes.pass_graphs import MODE
 from tests.passes.rule_table import Entry
-from torch import Tensor, fx
-
+from tests.references import References
 from xllm.graph import copy_graph, retype
 from xllm.passes.rewrite import Match, Rewrite, apply, full_args
 
@@ -223,7 +224,8 @@ def check_values(entry: Entry, dtype: torch.dtype, seed: int) -> None:
     runs = []
     for function in (entry.rule.before, entry.rule.after):
         values = clones(arguments)
-        returned = results(function(**values))
+        with References():
+            returned = results(function(**values))
         runs.append(returned + [v for v in values.values() if isinstance(v, Tensor)])
     assert_equal(runs[1], runs[0])
 

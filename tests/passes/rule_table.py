@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from tests.passes.pass_graphs import Maker, aten
 
 import xllm.passes
+from tests.passes.pass_graphs import Maker, aten
 from xllm.passes.rewrite import Rewrite
 
 Arguments = dict[str, object]

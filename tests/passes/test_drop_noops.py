@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.passes.pass_graphs import (
     T,
-    aten,
     assert_equal,
+    aten,
     build,
     clean,
     context,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tests.passes.rule_checks import CHECKS, check_hit, check_values
 from tests.passes.rule_table import TABLE, Entry, rules
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.passes.pass_graphs import (
     P,
     T,
-    aten,
     assert_equal,
+    aten,
     build,
     clean,
     context,

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from tests.runtime.runtime_types import (
     EOS_ID,
     VOCAB_SIZE,
@@ -14,14 +17,12 @@ from tests.runtime.runtime_types import (
     Recite,
     Reference,
 )
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Limits
 from xllm.runtime.fake import FakeExecutor, Model
 from xllm.runtime.sampler import Sampler, make_generator
 from xllm.runtime.sampling_params import SamplingParams
+
 EOS = "<|im_end|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.runtime.runtime_types import EOS_ID
 from transformers import PreTrainedTokenizerFast
 
+from tests.runtime.runtime_types import EOS_ID
 from xllm.runtime.answer import Answer
 from xllm.runtime.outputs import Delta, FinishReason
 from xllm.runtime.request import Request

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from tests.runtime.runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Reference
 
+from tests.runtime.runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Reference
 from xllm.runtime.async_engine import AsyncEngine, Generation
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine, EngineDeadError

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+
 from tests.runtime.runtime_types import (
     EOS_ID,
     VOCAB_SIZE,
@@ -14,7 +15,6 @@ from tests.runtime.runtime_types import (
     Recite,
     Reference,
 )
-
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine, EngineDeadError
 from xllm.runtime.fake import FakeExecutor, FakeLaunched, hashed_model

@@ -14,8 +14,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.runtime.runtime_types import Reference
 
+from tests.runtime.runtime_types import Reference
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Limits
 from xllm.runtime.fake import FakeExecutor, hashed_model

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.runtime.runtime_types import MakeLimits
 
+from tests.runtime.runtime_types import MakeLimits
 from xllm.runtime.batch import Batch
 from xllm.runtime.fake import BatchError, FakeExecutor, hashed_model
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.runtime.runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Recite, Reference
 
+from tests.runtime.runtime_types import EOS_ID, VOCAB_SIZE, MakeEngine, Recite, Reference
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine
 from xllm.runtime.fake import FakeExecutor, FakeLaunched, hashed_model

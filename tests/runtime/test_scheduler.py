@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.runtime.runtime_types import MakeLimits
 
+from tests.runtime.runtime_types import MakeLimits
 from xllm.runtime.batch import Chunk
 from xllm.runtime.request import InvariantError, Request, State
 from xllm.runtime.sampling_params import SamplingParams

@@ -27,6 +27,7 @@ from xllm.passes.core import ModelFacts, PassContext
 from xllm.progress import Reporter
 from xllm.serialize import graph_to_json
 
+
 def compile_model(planned: Plan, reporter: Reporter, dump: Path | None = None,
                   verify: bool = False) -> Artifact:
     """Compile and write the artifact; nothing is left behind on failure."""

@@ -10,7 +10,9 @@ from xllm.compiler.runner import PassRecord
 from xllm.config import CompileConfig
 from xllm.graph import SYMBOLS, Program, State, Weight, placeholders
 from xllm.passes.core import ModelFacts
+from xllm.progress import Reporter
 from xllm.serialize import graph_to_json
+
 
 def bucket_table(config: CompileConfig, static: tuple[int, ...]) -> list[dict]:
     """1, 2, 4, 8, then multiples of 16; the last row is the symbolic graph at its bound."""

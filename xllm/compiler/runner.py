@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import fx
-
 from xllm import levels
 from xllm.errors import UserError
 from xllm.graph import Program, copy_program, placeholders

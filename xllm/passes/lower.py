@@ -8,7 +8,6 @@ Level: fused -> lowered. Numerics: exact (a reference is its op's meaning).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
 
 from xllm.graph import placeholders

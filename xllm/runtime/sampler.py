@@ -12,7 +12,6 @@ from torch import Tensor
 
 from xllm.runtime.sampling_params import SamplingParams
 
-
 NUCLEUS_GUESS = 256  # top-p mostly keeps fewer tokens than this
 
 

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from tests.runtime.runtime_types import Listen, MakeClient, MakeEngine
 from transformers import PreTrainedTokenizerFast
 
+from tests.runtime.runtime_types import Listen, MakeClient, MakeEngine
 from xllm.runtime.async_engine import AsyncEngine
 from xllm.runtime.engine import Engine
 from xllm.runtime.server.app import create_app

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from tests.runtime.runtime_types import EOS_ID, MakeClient, MakeEngine, Recite
 
+from tests.runtime.runtime_types import EOS_ID, MakeClient, MakeEngine, Recite
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine
 from xllm.runtime.fake import FakeExecutor, FakeLaunched

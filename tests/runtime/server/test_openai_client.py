@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import openai
 import pytest
-from tests.runtime.runtime_types import EOS_ID, Listen, MakeEngine
 
+from tests.runtime.runtime_types import EOS_ID, Listen, MakeEngine
 from xllm.runtime.async_engine import AsyncEngine
 from xllm.runtime.batch import Batch
 from xllm.runtime.engine import Engine

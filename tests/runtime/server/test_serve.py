@@ -12,9 +12,9 @@ import time
 
 import httpx
 import pytest
-from tests.runtime.runtime_types import MakeEngine
 from transformers import PreTrainedTokenizerFast
 
+from tests.runtime.runtime_types import MakeEngine
 from xllm.config import ServerConfig
 from xllm.runtime.server.serve import banner, serve
 
