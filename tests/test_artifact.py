@@ -20,7 +20,7 @@ def test_key_depends_on_every_value_and_on_no_reason() -> None:
 def make(path: Path, **manifest: object) -> Artifact:
     writer = ArtifactWriter(path)
     writer.text("graphs/a.txt", "graph")
-    writer.commit({"key": "k", **manifest})
+    writer.commit({"key": "k", **manifest}, {})
     return Artifact(path)
 
 

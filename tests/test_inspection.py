@@ -46,7 +46,6 @@ def manifest() -> dict:
                    "kv_bytes_per_page": 32_768, "weight_bytes": 3 << 20},
         "buckets": [{"tokens": 1, "variant": "decode_1", "padded": True},
                     {"tokens": 64, "variant": "symbolic", "padded": False}],
-        "seconds": {"capture": 1.25, "passes": 2.5},
     }
 
 
@@ -55,14 +54,16 @@ def write(path: Path, changed: list[PassRecord] | None = None, recipe: object = 
     """An artifact made by hand; ``values`` replace entries of the manifest, one may be left out."""
     done, body = changed or records(), {**copy.deepcopy(manifest()), **values}
     body["passes"] = [{"name": r.name, "level": r.level, "sites": r.sites, "expected": r.expected,
-                       "milliseconds": r.milliseconds, "nodes": r.nodes, "error": r.error}
+                       "nodes": r.nodes, "error": r.error}
                       for r in done]
     writer = ArtifactWriter(path)
     for name, text in report.listings(done).items():
         writer.text(f"graphs/{name}", text)
-    writer.text("report/index.html", report.html(done, body))
+    spent = {"seconds": {"capture": 1.25, "passes": 2.5},
+             "milliseconds": [r.milliseconds for r in done]}
+    writer.text("report/index.html", report.html(done, body | spent))
     writer.text("weights/recipe.json", json.dumps(recipe or RECIPE))
-    writer.commit({name: value for name, value in body.items() if name != without})
+    writer.commit({name: value for name, value in body.items() if name != without}, spent)
     return Artifact(path)
 
 

@@ -2,11 +2,12 @@
 
     manifest.json    factors of the key, pieces, schedule, buckets, memory plan, pass records
     graphs/          one readable file per pass and piece, and the lowered graphs as JSON
-    report/          the passes side by side, for a browser
+    report/          the passes side by side, for a browser; timings.json
     weights/         recipe.json, constants.safetensors
     blobs/<sha256>   compiled code
 
-Every file is listed in the manifest with its sha256 and is checked before use. Nothing is pickled.
+Every file but the report is listed in the manifest with its sha256 and is checked before use.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from xllm.errors import UserError
 
 SCHEMA = 1
+TIMINGS = "report/timings.json"
 
 
 class ArtifactError(UserError, RuntimeError):
@@ -85,10 +87,15 @@ class ArtifactWriter:
         shutil.copyfile(file, self.path / "blobs" / digest)
         return f"blobs/{digest}"
 
-    def commit(self, manifest: dict) -> None:
-        """Write the manifest and move the artifact to its destination."""
-        files = {str(f.relative_to(self.path)): sha256(f)
-                 for f in sorted(self.path.rglob("*")) if f.is_file()}
+    def commit(self, manifest: dict, timings: dict) -> None:
+        """Write the manifest and move the artifact to its destination.
+
+        What differs from run to run (the timings, and the report that shows them) is not listed:
+        manifest and graphs of two compiles of the same thing are the same to the bit.
+        """
+        files = {str(f.relative_to(self.path)): sha256(f) for f in sorted(self.path.rglob("*"))
+                 if f.is_file() and f.parent.name != "report"}
+        self.text(TIMINGS, json.dumps(timings))
         self.text("manifest.json", seal({"schema": SCHEMA, **manifest, "files": files}))
         if self.destination.exists():
             shutil.rmtree(self.destination)
@@ -143,6 +150,14 @@ class Artifact:
     def json(self, name: str) -> object:
         """A listed JSON file, checked and parsed."""
         return json.loads(self.file(name).read_text())
+
+    @cached_property
+    def timings(self) -> dict:
+        """How long the compile took: ``seconds`` per phase, ``milliseconds`` per pass."""
+        try:
+            return json.loads((self.path / TIMINGS).read_text())
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{self.path / TIMINGS} is missing or corrupt: {error}") from error
 
     def factor(self, name: str) -> object:
         """Value of one key factor."""

@@ -47,7 +47,7 @@ def _inspect(args: argparse.Namespace) -> int:
     artifact = Artifact(args.artifact)
     inspection.inspect(artifact, Console())
     if args.open:
-        webbrowser.open(artifact.file("report/index.html").resolve().as_uri())
+        webbrowser.open((artifact.path / "report/index.html").resolve().as_uri())
     return 0
 
 

@@ -99,14 +99,14 @@ def recipe_steps(recipe: object) -> Counter[str]:
     return Counter()
 
 
-def _show_passes(passes: list[dict], console: Console) -> None:
+def _show_passes(passes: list[dict], spent: list[float], console: Console) -> None:
     """The pass table; the error's column only where passes were verified."""
     verified = any(row["error"] is not None for row in passes)
     rows = []
-    for index, row in enumerate(passes):
+    for index, (row, milliseconds) in enumerate(zip(passes, spent, strict=True)):
         error = None if row["error"] is None else f"{row['error']:.1e}"
         rows.append((index, row["name"], row["level"], row["expected"], row["sites"],
-                     f"{row['milliseconds']:.1f}", row["nodes"], *([error] if verified else [])))
+                     f"{milliseconds:.1f}", row["nodes"], *([error] if verified else [])))
     _show(console, "passes", "# pass level expected# actual# ms# nodes#"
           + " max_error#" * verified, rows)
 
@@ -123,13 +123,13 @@ def _memory_rows(memory: dict) -> Iterator[tuple[str, str]]:
 def inspect(artifact: Artifact, console: Console) -> None:
     """Print what an artifact holds; raises :class:`ArtifactError` where it is corrupt."""
     model = part(artifact, "model")
-    report = artifact.file("report/index.html")
+    seconds, milliseconds = artifact.timings["seconds"], artifact.timings["milliseconds"]
     console.print(
         f"{model['name']}: {model['architecture']}, {model['layers']} layers, "
         f"{artifact.factor('dtype')}, for {artifact.factor('target')} "
         f"({artifact.factor('backend')})", markup=False, highlight=False)
     console.print(f"key {part(artifact, 'key')}\n", soft_wrap=True, highlight=False)
-    _show_passes(part(artifact, "passes"), console)
+    _show_passes(part(artifact, "passes"), milliseconds, console)
     _show(console, "graphs per level", "level piece nodes# calls#", graph_rows(artifact))
     _show(console, "buckets", "tokens# variant padded",
           ((row["tokens"], row["variant"], "yes" if row["padded"] else "no")
@@ -138,11 +138,10 @@ def inspect(artifact: Artifact, console: Console) -> None:
     _show(console, "weight recipe steps", "step count#",
           ((name, steps[name]) for name in _STEPS))
     _show(console, "memory plan", "what bytes#", _memory_rows(part(artifact, "memory")))
-    seconds = part(artifact, "seconds")
     _show(console, "compile time", "phase seconds#",
           [*((name, f"{s:.1f}") for name, s in seconds.items()),
            ("total", f"{sum(seconds.values()):.1f}")])
-    console.print(f"report: {report}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"report: {artifact.path / 'report/index.html'}", soft_wrap=True, markup=False, highlight=False)
 
 
 # --- diff ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from xllm.backends import BackendError, BuildOptions, find_backend
 from xllm.checkpoint import Checkpoint, CheckpointError
 from xllm.compiler import report
 from xllm.compiler.capture import capture
-from xllm.compiler.manifest import bucket_table, describe, resolved_recipes
+from xllm.compiler.manifest import bucket_table, describe, resolved_recipes, timings
 from xllm.compiler.pipeline import PIPELINE
 from xllm.compiler.plan import Plan
 from xllm.compiler.runner import PassRecord, run_pipeline, symbol_names
@@ -42,10 +42,11 @@ def compile_model(planned: Plan, reporter: Reporter, dump: Path | None = None,
     writer = ArtifactWriter(planned.destination)
     try:
         manifest = build_blobs(planned, program, facts, writer, reporter)
-        manifest |= describe(planned, program, facts, records, reporter)
+        manifest |= describe(planned, program, facts, records)
         write_graphs(program, records, writer)
-        writer.text("report/index.html", report.html(records, manifest))
-        writer.commit(manifest)
+        spent = timings(records, reporter)
+        writer.text("report/index.html", report.html(records, manifest | spent))
+        writer.commit(manifest, spent)
     except BaseException:
         writer.discard()
         raise

@@ -35,8 +35,8 @@ def kv_bytes_per_page(program: Program, page_size: int) -> int:
     return total
 
 
-def describe(planned: Plan, program: Program, facts: ModelFacts, records: list[PassRecord],
-             reporter: Reporter) -> dict:
+def describe(planned: Plan, program: Program, facts: ModelFacts,
+             records: list[PassRecord]) -> dict:
     """The manifest's part about model, graphs, memory and passes."""
     config = planned.config
     pieces = {
@@ -59,10 +59,15 @@ def describe(planned: Plan, program: Program, facts: ModelFacts, records: list[P
                    "weight_bytes": weight_bytes(program)},
         "symbols": SYMBOLS,
         "passes": [{"name": r.name, "level": r.level, "sites": r.sites, "expected": r.expected,
-                    "milliseconds": round(r.milliseconds, 1), "nodes": r.nodes, "error": r.error}
+                    "nodes": r.nodes, "error": r.error}
                    for r in records],
-        "seconds": {name: round(s, 2) for name, s in reporter.seconds.items()},
     }
+
+
+def timings(records: list[PassRecord], reporter: Reporter) -> dict:
+    """How long the phases (seconds) and the passes (milliseconds) took."""
+    return {"seconds": {name: round(s, 2) for name, s in reporter.seconds.items()},
+            "milliseconds": [round(r.milliseconds, 1) for r in records]}
 
 
 def source_of(planned: Plan) -> str:
