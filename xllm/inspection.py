@@ -141,7 +141,8 @@ def inspect(artifact: Artifact, console: Console) -> None:
     _show(console, "compile time", "phase seconds#",
           [*((name, f"{s:.1f}") for name, s in seconds.items()),
            ("total", f"{sum(seconds.values()):.1f}")])
-    console.print(f"report: {artifact.path / 'report/index.html'}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"report: {artifact.path / 'report/index.html'}", soft_wrap=True, markup=False,
+                  highlight=False)
 
 
 # --- diff ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 // chunk of x that fits the second-level cache is reused over the blocks of a task.
 #include "linear.h"
 
+#include <type_traits>
 #include <utility>
 
 #include "parallel.h"
@@ -14,21 +15,24 @@ namespace {
 
 constexpr int64_t BLOCK = 32;
 constexpr int64_t PACK_GRAIN = 1 << 15;  // values of x that a thread packs at least
+constexpr int64_t PACK_WIDTH = 128;      // inputs packed at a time: the result stays in L1
 constexpr int64_t PREFETCH = 4096;       // bytes ahead; hardware prefetch stops at a page's end
-constexpr int64_t X_BYTES = 512 << 10;   // a chunk of x: leaves room for a weight block in L2
+constexpr int64_t WIDEN_TILES = 4;      // of a chunk: from there on float32 weights pay
+constexpr int64_t X_BYTES = 1 << 20;     // a chunk of x: leaves room for a weight block in L2
 
 // How a pair of weights per lane meets a pair of inputs. X is what x is packed as; a block is
 // taken VECTORS registers at a time, for up to ROWS rows.
 #if defined(__AVX512BF16__)
 struct DotProduct {
   using X = bf16;
-  using W = bf16;
+  using W = const bf16*;
+  using Stored = bf16;
   static constexpr int VECTORS = 2, ROWS = 12, LANES = 1;
   struct Weight {
     __m512bh pair;
   };
-  static Weight load_weight(const bf16* w) {
-    return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(w))};
+  static Weight load_weight(const bf16* w, int64_t at) {
+    return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + at))};
   }
   static void step(Vec (&sum)[VECTORS], const Weight (&w)[VECTORS], const bf16* x) {
     int32_t pair;
@@ -41,13 +45,14 @@ struct DotProduct {
 // Weights widened in registers, for float32 FMAs.
 struct Widened {
   using X = float;
-  using W = bf16;
+  using W = const bf16*;
+  using Stored = bf16;
   static constexpr int VECTORS = 2, ROWS = VECTOR_REGISTERS == 32 ? 12 : 4, LANES = 1;
   struct Weight {
     Vec even, odd;
   };
-  static Weight load_weight(const bf16* w) {
-    Bits pair = *reinterpret_cast<const BitsAt*>(w);
+  static Weight load_weight(const bf16* w, int64_t at) {
+    Bits pair = *reinterpret_cast<const BitsAt*>(w + at);
     return {reinterpret_cast<Vec>(pair << 16), reinterpret_cast<Vec>(pair & 0xffff0000u)};
   }
   static void step(Vec (&sum)[VECTORS], const Weight (&w)[VECTORS], const float* x) {
@@ -56,17 +61,41 @@ struct Widened {
     for (int v = 0; v < VECTORS; v++) sum[v] = fma(w[v].odd, odd, sum[v]);
   }
 };
+
+// With many rows, the first tile of a block also writes the widened weights to memory, a vector of
+// even ones before its odd ones, which costs it nothing ...
+struct Widening : Widened {
+  struct W {
+    const bf16* from;
+    float* to;
+  };
+  static Weight load_weight(const W& w, int64_t at) {
+    Weight weight = Widened::load_weight(w.from, at);
+    store(w.to + at, weight.even);
+    store(w.to + at + VL, weight.odd);
+    return weight;
+  }
+};
+
+// ... and the others read them: nothing but FMAs is left for the vector units.
+struct Wide : Widened {
+  using W = const float*;
+  static Weight load_weight(const float* w, int64_t at) {
+    return {load(w + at), load(w + at + VL)};
+  }
+};
 #endif
 
 // Even and odd inputs in neighbouring lanes, added up at the end: no shuffle in the loop.
 struct Interleaved {
   using X = float;
-  using W = float;
+  using W = const float*;
+  using Stored = float;
   static constexpr int VECTORS = 4, ROWS = VECTOR_REGISTERS == 32 ? 6 : 2, LANES = 2;
   struct Weight {
     Vec pair;
   };
-  static Weight load_weight(const float* w) { return {load(w)}; }
+  static Weight load_weight(const float* w, int64_t at) { return {load(w + at)}; }
   static void step(Vec (&sum)[VECTORS], const Weight (&w)[VECTORS], const float* x) {
     int64_t pair;
     std::memcpy(&pair, x, 8);
@@ -75,24 +104,24 @@ struct Interleaved {
   }
 };
 
-// sums[M][BLOCK * LANES] of M packed rows of x, [K / 2, M, 2], and one weight block; weights are
-// fetched `ahead` bytes before their use.
+// sums[M][BLOCK * LANES] of M packed rows of x, [K / 2, M, 2], and one weight block; fetches
+// what lies at `soon` at the pace of the block's bytes in memory.
 template <class Dot, int M>
-void tile(const typename Dot::X* x, int64_t k, const typename Dot::W* w, int64_t ahead,
+void tile(const typename Dot::X* x, int64_t k, typename Dot::W w, const char* soon,
           float* sums) {
   constexpr int WIDTH = BLOCK * Dot::LANES;  // lanes of a block
   constexpr int STEP = Dot::VECTORS * VL;    // lanes of a pass
   constexpr int PER_LANE = 2 / Dot::LANES;   // weights a lane takes at a step
   for (int lane = 0; lane < WIDTH; lane += STEP) {
     Vec sum[M][Dot::VECTORS] = {};
-    const typename Dot::W* at = w + lane * PER_LANE;
+    int64_t at = lane * PER_LANE;
     const typename Dot::X* pairs = x;
     for (int64_t i = 0; i < k; i += 2, at += BLOCK * 2, pairs += 2 * M) {
       typename Dot::Weight weight[Dot::VECTORS];
       for (int v = 0; v < Dot::VECTORS; v++) {
-        const typename Dot::W* from = at + v * VL * PER_LANE;
-        weight[v] = Dot::load_weight(from);
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
+        int64_t from = at + v * VL * PER_LANE;
+        weight[v] = Dot::load_weight(w, from);
+        __builtin_prefetch(soon + from * int64_t(sizeof(typename Dot::Stored)));
       }
       for (int m = 0; m < M; m++) Dot::step(sum[m], weight, pairs + 2 * m);
     }
@@ -102,7 +131,7 @@ void tile(const typename Dot::X* x, int64_t k, const typename Dot::W* w, int64_t
 }
 
 template <class Dot>
-using Tile = void (*)(const typename Dot::X*, int64_t, const typename Dot::W*, int64_t, float*);
+using Tile = void (*)(const typename Dot::X*, int64_t, typename Dot::W, const char*, float*);
 
 template <class Dot, int... M>
 constexpr Tile<Dot> pick(int64_t rows, std::integer_sequence<int, M...>) {
@@ -137,27 +166,54 @@ void pack_rows(const Linear<T>& p, int64_t rows, X* packed) {
     for (int64_t tile = begin; tile < end; tile++) {
       int64_t first = tile * rows, count = std::min(rows, p.m - first);
       X* to = packed + first * p.k;
-      for (int64_t m = 0; m < count; m++)
-        for (int64_t i = 0; i < p.k; i++)
-          convert(p.x[(first + m) * p.k + i], to + (i / 2 * count + m) * 2 + i % 2);
+      for (int64_t start = 0; start < p.k; start += PACK_WIDTH) {
+        int64_t stop = std::min(p.k, start + PACK_WIDTH);
+        for (int64_t m = 0; m < count; m++) {
+          const T* from = p.x + (first + m) * p.k;
+          X* at = to + start * count + m * 2;
+          for (int64_t i = start; i < stop; i += 2, at += 2 * count) {
+            convert(from[i], at);
+            convert(from[i + 1], at + 1);
+          }
+        }
+      }
     }
   });
+}
+
+// Outputs of one weight block for a tile of `count` rows of x; fetches what lies at `soon`.
+template <class Dot, class T>
+void run_tile(const Linear<T>& p, const typename Dot::X* x, int64_t row, int64_t count,
+              int64_t block, typename Dot::W w, const T* soon) {
+  alignas(64) float sums[Dot::ROWS * BLOCK * Dot::LANES];
+  auto kernel = pick<Dot>(count, std::make_integer_sequence<int, Dot::ROWS>());
+  kernel(x + row * p.k, p.k, w, reinterpret_cast<const char*>(soon), sums);
+  write_tile<Dot>(p, sums, row, count, block * BLOCK);
 }
 
 // Outputs of one weight block for rows [first, last) of x, packed in tiles of `rows`.
 template <class Dot, class T>
 void run_block(const Linear<T>& p, const typename Dot::X* x, int64_t rows, int64_t first,
                int64_t last, int64_t block) {
-  alignas(64) float sums[Dot::ROWS * BLOCK * Dot::LANES];
   const T* w = p.weight + block * BLOCK * p.k;
+  [[maybe_unused]] thread_local Scratch scratch;
+  [[maybe_unused]] bool widen = last - first >= WIDEN_TILES * rows;
   for (int64_t row = first; row < last; row += rows) {
     int64_t count = std::min(rows, last - row);
-    auto kernel = pick<Dot>(count, std::make_integer_sequence<int, Dot::ROWS>());
     // The last tile of several finds this block in cache, so it fetches the next one.
     bool next = row != first && row + rows >= last;
-    int64_t ahead = next ? BLOCK * p.k * int64_t(sizeof(T)) : PREFETCH;
-    kernel(x + row * p.k, p.k, w, ahead, sums);
-    write_tile<Dot>(p, sums, row, count, block * BLOCK);
+    const T* soon = w + (next ? BLOCK * p.k : PREFETCH / int64_t(sizeof(T)));
+#if !defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<Dot, Widened>) {
+      if (widen) {
+        float* wide = scratch.get(BLOCK * p.k);
+        row == first ? run_tile<Widening>(p, x, row, count, block, {w, wide}, soon)
+                     : run_tile<Wide>(p, x, row, count, block, wide, soon);
+        continue;
+      }
+    }
+#endif
+    run_tile<Dot>(p, x, row, count, block, w, soon);
   }
 }
 
