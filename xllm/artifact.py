@@ -65,6 +65,15 @@ def seal(manifest: dict) -> str:
     return json.dumps(sealed, indent=1, sort_keys=True)
 
 
+def refuse_foreign(destination: Path) -> None:
+    """Raise unless ``destination`` is free, empty, or an artifact that may be replaced."""
+    if not destination.exists() or Artifact.is_artifact(destination):
+        return
+    if not destination.is_dir() or any(destination.iterdir()):
+        raise ArtifactError(f"{destination} exists and is no artifact; it is left alone, "
+                            "name another place with -o")
+
+
 class ArtifactWriter:
     """Builds an artifact in a directory beside its destination and moves it there when whole."""
 
@@ -97,10 +106,16 @@ class ArtifactWriter:
                  if f.is_file() and f.parent.name != "report"}
         self.text(TIMINGS, json.dumps(timings))
         self.text("manifest.json", seal({"schema": SCHEMA, **manifest, "files": files}))
-        if self.destination.exists():
-            shutil.rmtree(self.destination)
         self.destination.parent.mkdir(parents=True, exist_ok=True)
-        self.path.rename(self.destination)
+        refuse_foreign(self.destination)
+        aside = self.path.with_suffix(".old")
+        if self.destination.exists():
+            self.destination.rename(aside)
+        try:
+            self.path.rename(self.destination)
+        except OSError:  # another process put its own, equal artifact there meanwhile
+            self.discard()
+        shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove what was written so far."""
@@ -146,6 +161,11 @@ class Artifact:
             raise ArtifactError(f"{file} is corrupt: its sha256 is not the manifest's; "
                                 "compile again")
         return file
+
+    def check(self) -> None:
+        """Raise :class:`ArtifactError` unless every listed file is there and whole."""
+        for name in self.manifest["files"]:
+            self.file(name)
 
     def json(self, name: str) -> object:
         """A listed JSON file, checked and parsed."""

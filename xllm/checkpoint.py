@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
 from xllm import demo
 from xllm.errors import UserError
 
+WHOLE_FILE, WINDOW = 64 << 20, 4096  # bytes
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -32,11 +34,11 @@ class CheckpointError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: file, shape and dtype, read from the safetensors header."""
+    """Where a tensor lies: file, shape and stored dtype, read from the safetensors header."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    stored: str
 
 
 def resolve(model: str) -> Path:
@@ -56,7 +58,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -76,11 +78,30 @@ def _read_header(file: Path) -> dict:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise CheckpointError(f"{file} is no safetensors file: no JSON header") from error
-    end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+    try:
+        tensors = [t for k, t in header.items() if k != "__metadata__"]
+        end = max((t["data_offsets"][1] for t in tensors), default=0)
+        _ = [(t["dtype"], tuple(t["shape"])) for t in tensors]
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: bad header, {error!r}") from error
     if size != 8 + length + end:
         raise CheckpointError(f"{file} is truncated or padded: {size} bytes, "
                               f"its header describes {8 + length + end}")
     return header
+
+
+def _windows(file: Path, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what a fingerprint reads of a file."""
+    if size <= WHOLE_FILE:
+        yield 0, size
+        return
+    header = _read_header(file)
+    base = size - max(t["data_offsets"][1] for k, t in header.items() if k != "__metadata__")
+    yield 0, base
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = (base + o for o in header[name]["data_offsets"])
+        for offset in (begin, (begin + end) // 2, max(begin, end - WINDOW)):
+            yield offset, min(WINDOW, end - offset)
 
 
 class Checkpoint:
@@ -124,7 +145,12 @@ class Checkpoint:
         """Tokens that end an answer: generation_config.json, else config.json, else none."""
         source = self.config.get_text_config().eos_token_id
         if (self.path / "generation_config.json").is_file():
-            source = GenerationConfig.from_pretrained(self.path).eos_token_id or source
+            try:
+                named = GenerationConfig.from_pretrained(self.path).eos_token_id
+            except Exception as error:
+                raise CheckpointError(f"{self.path / 'generation_config.json'}: "
+                                      f"{str(error).splitlines()[0]}") from error
+            source = source if named is None else named
         return frozenset([source] if isinstance(source, int) else source or ())
 
     @cached_property
@@ -134,17 +160,16 @@ class Checkpoint:
         for file in self._files():
             for name, entry in _read_header(file).items():
                 if name != "__metadata__":
-                    dtype = DTYPES.get(entry["dtype"])
-                    if dtype is None:
-                        raise CheckpointError(f"{file}: tensor {name} has dtype {entry['dtype']}; "
-                                              f"accepted: {', '.join(DTYPES)}")
-                    found[name] = TensorInfo(file, tuple(entry["shape"]), dtype)
+                    found[name] = TensorInfo(file, tuple(entry["shape"]), entry["dtype"])
         return found
 
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{index} has no weight_map: {error!r}") from error
         else:
             names = ["model.safetensors"]
         for name in names:
@@ -156,7 +181,11 @@ class Checkpoint:
         """Header entry of a tensor; raises :class:`CheckpointError` where it is missing."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks the tensor {name}")
-        return self.tensors[name]
+        info = self.tensors[name]
+        if info.stored not in DTYPES:
+            raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.stored}; "
+                                  f"accepted: {', '.join(DTYPES)}")
+        return info
 
     def load(self, name: str) -> Tensor:
         """Read one tensor; raises :class:`CheckpointError`."""
@@ -170,24 +199,29 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype most of the weights are stored in."""
-        sizes: dict[torch.dtype, int] = {}
+        totals: dict[str, int] = {}
         for info in self.tensors.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
+            size = torch.Size(info.shape).numel()
+            totals[info.stored] = totals.get(info.stored, 0) + size
+        if not totals:
+            raise CheckpointError(f"{self.path} holds no tensors")
+        most = max(totals, key=totals.__getitem__)
+        first = next(n for n, info in self.tensors.items() if info.stored == most)
+        return DTYPES[self.info(first).stored]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over config.json, and every weight file's name, header and sampled content.
+        """sha256 over config.json and the weight files; of files over 64 MiB, over samples.
 
-        64 KiB from the start, middle and end of each file's data: a retrained checkpoint of the
-        same shape differs there, and terabytes need not be read.
+        4 KiB from the start, middle and end of each tensor: a change of any one matrix shows, and
+        terabytes need not be read.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in self._files():
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:
-                for offset in (0, size // 2, max(size - (1 << 16), 0)):
+                for offset, length in _windows(file, size):
                     stream.seek(offset)
-                    digest.update(stream.read(1 << 16))
+                    digest.update(stream.read(length))
         return digest.hexdigest()

@@ -16,7 +16,7 @@ def _compile(args: argparse.Namespace) -> int:
 
     reporter = Reporter()
     planned = plan.plan(from_args(args, CompileConfig), args.out, reporter)
-    cached = plan.find_cached(planned)
+    cached = plan.find_cached(planned, reporter)
     if cached and not (args.dump or args.verify):
         reporter.say("artifact: already compiled")
     artifact = cached if cached and not (args.dump or args.verify) else build.compile_model(
@@ -26,13 +26,13 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from xllm.llm import obtain, start
+    from xllm.llm import model_name, obtain, start
     from xllm.runtime.server.serve import serve
 
     reporter, server = Reporter(), from_args(args, ServerConfig)
-    artifact = obtain(args.model, from_args(args, CompileConfig), reporter)
-    engine, checkpoint = start(artifact, from_args(args, EngineConfig), reporter)
-    name = server.served_model_name or str(artifact.manifest["model"]["name"])
+    artifact, checkpoint = obtain(args.model, from_args(args, CompileConfig), reporter)
+    name = server.served_model_name or model_name(artifact, args.model, checkpoint)
+    engine, checkpoint = start(artifact, from_args(args, EngineConfig), reporter, checkpoint)
     return serve(engine, checkpoint.tokenizer, name, server)
 
 

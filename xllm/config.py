@@ -29,7 +29,7 @@ def _require(ok: bool, name: str, value: object, accepted: str) -> None:
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """What ``xllm compile`` builds; every field is a factor of the artifact's key unless noted."""
+    """What ``xllm compile`` builds; every field but ``model`` is a factor of the artifact's key."""
 
     model: str
     target: str = setting("cpu", "target to compile for")
@@ -69,7 +69,8 @@ class EngineConfig:
         if self.context_length is not None:
             _require(self.context_length >= 2, "context_length", self.context_length, "2 or more")
         if self.kv_cache_gib is not None:
-            _require(self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "more than 0")
+            _require(0 < self.kv_cache_gib < 1 << 20, "kv_cache_gib", self.kv_cache_gib,
+                     "more than 0, less than 1048576")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xllm.artifact import Artifact
 from xllm.checkpoint import Checkpoint
-from xllm.config import CompileConfig, EngineConfig
+from xllm.config import CompileConfig, ConfigError, EngineConfig
 from xllm.progress import Reporter
 from xllm.runtime.engine import Engine
 from xllm.runtime.generate import generate
@@ -25,36 +26,63 @@ TextOrTokens = str | Sequence[int]
 Conversation = Sequence[dict[str, object]]
 
 
-def obtain(model: str, config: CompileConfig, reporter: Reporter) -> Artifact:
-    """The artifact for ``model``: an artifact directory, or compiled now unless in the cache."""
+def obtain(
+    model: str, config: CompileConfig, reporter: Reporter
+) -> tuple[Artifact, Checkpoint | None]:
+    """The artifact for ``model``: an artifact directory, or compiled now unless in the cache.
+
+    With it, the checkpoint that ``model`` names; None where ``model`` is an artifact.
+    """
     path = Path(model).expanduser()
     if Artifact.is_artifact(path):
-        return Artifact(path)
+        artifact = Artifact(path)
+        _refuse_other_settings(artifact, config)
+        return artifact, None
     from xllm.compiler import build, plan  # the runtime alone never imports the compiler
 
     planned = plan.plan(config, None, reporter)
-    cached = plan.find_cached(planned)
+    cached = plan.find_cached(planned, reporter)
     if cached:
         reporter.say(f"artifact: found in the cache, {cached.path}")
-        return cached
+        return cached, planned.checkpoint
     reporter.say("artifact: not in the cache, compiling once")
-    return build.compile_model(planned, reporter)
+    return build.compile_model(planned, reporter), planned.checkpoint
+
+
+def model_name(artifact: Artifact, model: str, checkpoint: Checkpoint | None) -> str:
+    """Name in the API: ``demo``, the hub id, or the directory's name."""
+    if checkpoint is None:
+        return str(artifact.manifest["model"]["name"])
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def _refuse_other_settings(artifact: Artifact, config: CompileConfig) -> None:
+    """A compile setting that a finished artifact does not have cannot be asked of it."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name == "model" or value == item.default or value == artifact.factor(item.name):
+            continue
+        raise ConfigError(f"--{item.name.replace('_', '-')} is {value!r}, but {artifact.path} was "
+                          f"compiled with {artifact.factor(item.name)!r}; compile another one")
 
 
 def open_executor(
-    artifact: Artifact, config: EngineConfig, reporter: Reporter
+    artifact: Artifact, config: EngineConfig, reporter: Reporter,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[ArtifactExecutor, Checkpoint]:
     """Load an artifact and its checkpoint; raises one clear error where that is impossible."""
-    checkpoint = open_checkpoint(artifact, config)
+    if checkpoint is None or config.weights:
+        checkpoint = open_checkpoint(artifact, config)
     loaded = load(artifact, config, reporter, checkpoint)
     return ArtifactExecutor(artifact, loaded, loaded.limits), checkpoint
 
 
 def start(
-    artifact: Artifact, config: EngineConfig, reporter: Reporter
+    artifact: Artifact, config: EngineConfig, reporter: Reporter,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Engine, Checkpoint]:
-    """An engine on an artifact."""
-    executor, checkpoint = open_executor(artifact, config, reporter)
+    """An engine on an artifact; without a checkpoint, the one it was compiled from."""
+    executor, checkpoint = open_executor(artifact, config, reporter, checkpoint)
     tokenizer = checkpoint.tokenizer.backend_tokenizer if checkpoint.has_tokenizer else None
     return Engine(executor, checkpoint.eos_token_ids, tokenizer), checkpoint
 
@@ -74,9 +102,9 @@ class LLM:
         engine = EngineConfig(**{k: v for k, v in settings.items() if k in engine_names})
         compiling = {k: v for k, v in settings.items() if k not in engine_names}
         reporter = Reporter(quiet)
-        self.artifact = obtain(str(model), CompileConfig(str(model), dtype=dtype, **compiling),
-                               reporter)
-        self.engine, self.checkpoint = start(self.artifact, engine, reporter)
+        config = CompileConfig(str(model), dtype=dtype, **compiling)
+        self.artifact, checkpoint = obtain(str(model), config, reporter)
+        self.engine, self.checkpoint = start(self.artifact, engine, reporter, checkpoint)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -27,9 +27,9 @@ def test_a_found_artifact_is_the_compiled_one(tmp_path: Path) -> None:
     model = save_checkpoint(families()["qwen2"], tmp_path / "model")
     config = CompileConfig(str(model), backend="eager", max_tokens=32, max_sequences=4)
     planned = plan.plan(config, tmp_path / "a", QUIET)
-    assert plan.find_cached(planned) is None
+    assert plan.find_cached(planned, QUIET) is None
     made = build.compile_model(planned, QUIET)
-    assert plan.find_cached(planned).manifest == made.manifest
+    assert plan.find_cached(planned, QUIET).manifest == made.manifest
     other = plan.plan(CompileConfig(str(model), backend="eager", max_tokens=64, max_sequences=4),
                       tmp_path / "a", QUIET)
-    assert plan.find_cached(other) is None
+    assert plan.find_cached(other, QUIET) is None

@@ -89,7 +89,7 @@ def test_facts() -> None:
     for family, norms, qk in (("llama", 5, False), ("qwen2-window", 5, False), ("qwen3", 9, True)):
         facts = captured(family, torch.bfloat16)[1].facts
         assert (facts.num_layers, facts.num_norms, facts.qk_norm) == (2, norms, qk)
-        assert (facts.num_qkv, facts.num_gated_mlps, facts.num_linears) == (2, 2, 15)
+        assert (facts.num_qkv, facts.num_gated_mlps, facts.num_even_linears) == (2, 2, 15)
         assert (facts.hidden_size, facts.vocab_size, facts.context_length) == (32, 96, 512)
         assert facts.tied_embeddings == families()[family].tie_word_embeddings
 

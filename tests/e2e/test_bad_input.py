@@ -215,3 +215,78 @@ def test_failed_compile_leaves_nothing_behind(
         run("compile", "--model", str(checkpoint), "--backend", "eager", *FLAGS,
             "-o", str(tmp_path / "out"))
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_folder_that_is_no_artifact_is_left_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "important").mkdir()
+    (tmp_path / "important/thesis").write_text("years")
+    for out in (tmp_path / "important", checkpoint, tmp_path / "important/thesis"):
+        assert "left alone" in compile_refusal(capsys, checkpoint, "-o", str(out))
+    assert (tmp_path / "important/thesis").read_text() == "years"
+    assert (checkpoint / "model.safetensors").is_file()
+
+
+def test_settings_that_a_finished_artifact_lacks(
+    artifact: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert "--max-tokens is 64" in refusal(capsys, "run", str(artifact), "--max-tokens", "64")
+
+
+def test_a_damaged_cache_heals(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setenv("XLLM_CACHE", str(tmp_path / "cache"))
+    llm = LLM(str(checkpoint), backend="eager", quiet=True, **SMALL)
+    flip(next((llm.artifact.path / "blobs").iterdir()))
+    LLM(str(checkpoint), backend="eager", **SMALL)
+    assert "compiling again" in capsys.readouterr().err
+
+
+def test_equal_shapes_are_not_equal_models(checkpoint: Path, tmp_path: Path) -> None:
+    """A second directory that differs in one matrix is another model, and its own tokenizer's."""
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].zero_()
+    save_file(tensors, other / "model.safetensors")
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    made = [LLM(str(p), backend="eager", quiet=True, **SMALL) for p in (checkpoint, other)]
+    answers = [m.generate([[5, 6, 7]], params)[0].outputs[0].token_ids for m in made]
+    assert made[1].checkpoint.path == other and answers[0] != answers[1]
+    twin = tmp_path / "twin"
+    shutil.copytree(checkpoint, twin)
+    assert LLM(str(twin), backend="eager", quiet=True, **SMALL).checkpoint.path == twin
+
+
+def test_weights_survive_their_file(checkpoint: Path) -> None:
+    llm = LLM(str(checkpoint), backend="eager", dtype="float32", quiet=True, **SMALL)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    before = llm.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+    size = (checkpoint / "model.safetensors").stat().st_size
+    (checkpoint / "model.safetensors").write_bytes(bytes(size))
+    assert llm.generate([[5, 6, 7]], params)[0].outputs[0].token_ids == before
+
+
+def test_rope_that_depends_on_the_batch_is_refused(
+    checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    file.write_text(json.dumps(config))
+    assert "rope_type 'dynamic' is not supported" in compile_refusal(capsys, checkpoint)
+
+
+@pytest.mark.slow
+def test_one_token_and_one_sequence_at_most(checkpoint: Path) -> None:
+    """Every inner chunk of a prompt is a step that wants no logits."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    answers = [
+        LLM(str(checkpoint), backend=backend, dtype="float32", quiet=True, max_tokens=most,
+            max_sequences=1).generate([[5, 6, 7, 8, 9]], params)[0].outputs[0].token_ids
+        for backend, most in (("eager", 8), ("inductor", 1))
+    ]
+    assert answers[0] == answers[1]

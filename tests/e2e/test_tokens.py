@@ -88,8 +88,8 @@ def test_bfloat16_error_is_no_larger_than_that_of_transformers() -> None:
     want = logits_of(model_of(CHECKPOINT, torch.float32), prompts)
     theirs = (logits_of(model_of(CHECKPOINT, torch.bfloat16), prompts) - want).abs().mean()
     quiet = Reporter(quiet=True)
-    artifact = obtain("demo", CompileConfig("demo", dtype="bfloat16"), quiet)
-    executor, _ = open_executor(artifact, EngineConfig(), quiet)
+    artifact, checkpoint = obtain("demo", CompileConfig("demo", dtype="bfloat16"), quiet)
+    executor, _ = open_executor(artifact, EngineConfig(), quiet, checkpoint)
     rows = []
     for prompt in prompts:
         pages = list(range(1, 2 + len(prompt) // 16))

@@ -161,7 +161,7 @@ def targets(gm: fx.GraphModule) -> list[object]:
 
 FACTS = ModelFacts("Test", num_layers=1, num_norms=1, num_gated_mlps=1, num_qkv=1, qk_norm=False,
                    tied_embeddings=False, hidden_size=32, vocab_size=96, context_length=512,
-                   num_linears=3)
+                   num_even_linears=3)
 
 
 def context(dtype: torch.dtype = torch.float32, facts: ModelFacts = FACTS,

@@ -79,8 +79,8 @@ def test_second_user_that_is_no_linear_keeps_the_plain_weight() -> None:
 
 def test_expected_follows_dtype_and_width() -> None:
     assert expected(FACTS, context(torch.float32)) == 0
-    assert expected(replace(FACTS, hidden_size=33), context(BF16)) == 0
-    assert expected(replace(FACTS, num_linears=8), context(BF16)) == 5
+    assert expected(replace(FACTS, hidden_size=33, num_even_linears=2), context(BF16)) == 2
+    assert expected(replace(FACTS, num_even_linears=8), context(BF16)) == 5
 
 
 @settings(max_examples=15, deadline=None)

@@ -69,6 +69,7 @@ class InductorBackend:
         """Compile one piece; raises :class:`BackendError`."""
         gm = copy_graph(piece)
         nodes = placeholders(gm)
+        # a symbol of one value is a constant
         static = {n: 1 for n, most in options.sizes.items() if most == 1} | options.static
         sample = {n: min(most, 7) for n, most in options.sizes.items()} | static
         args = tuple(example(node, sample, options.symbols) for node in nodes)

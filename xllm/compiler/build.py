@@ -93,7 +93,7 @@ def build_blobs(planned: Plan, program: Program, facts: ModelFacts, writer: Arti
     """Compile every piece in every variant; returns the manifest's part about code."""
     config = planned.config
     backend = find_backend(planned.backend)
-    sizes = {"T": config.max_tokens, "S": config.max_sequences, "R": config.max_tokens,
+    sizes = {"T": config.max_tokens, "S": config.max_sequences, "R": max(config.max_tokens, 2),
              "M": -(-facts.context_length // config.page_size), "P": 1 << 24}
     static = planned.target.static_buckets if planned.backend != "eager" else ()
     variants = {"symbolic": {}} | {f"decode_{n}": dict.fromkeys("TSR", n) for n in static}

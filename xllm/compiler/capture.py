@@ -22,6 +22,9 @@ from xllm.passes.core import ModelFacts
 from xllm.weights import Leaf
 
 FAMILIES = ("llama", "qwen2", "qwen3")
+#: Those whose frequencies are constants; longrope and dynamic choose them by the longest sequence
+#: of a batch, so that one request would change another's tokens.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 SAMPLE = {"T": 7, "S": 3, "M": 5, "R": 4, "P": 11, "S+1": 4}
 
 
@@ -77,8 +80,17 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
         known = "transformers knows it" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "unknown"
         raise CaptureError(f"config.json: model_type {kind!r} is not supported ({known}); "
                            f"supported: {', '.join(FAMILIES)}")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="xllm")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise CaptureError(f"config.json: rope_type {rope!r} is not supported; "
+                           f"supported: {', '.join(ROPE_TYPES)}")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="xllm")
+    except Exception as error:
+        raise CaptureError(f"config.json: {kind} cannot be built from it: "
+                           f"{type(error).__name__}: {error}") from error
     model.eval()
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set:  # lost on meta: make the owning module again
@@ -102,7 +114,8 @@ def facts_of(model: nn.Module, config: PretrainedConfig) -> ModelFacts:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         context_length=config.max_position_embeddings,
-        num_linears=sum(isinstance(m, nn.Linear) for m in model.modules()),
+        num_even_linears=sum(isinstance(m, nn.Linear) and m.in_features % 2 == 0
+                             for m in model.modules()),
     )
 
 

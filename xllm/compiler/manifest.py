@@ -47,7 +47,8 @@ def describe(planned: Plan, program: Program, facts: ModelFacts,
     return {
         "key": planned.key,
         "factors": {name: vars(f) for name, f in planned.factors.items()},
-        "model": {"name": planned.checkpoint.path.name if config.model != "demo" else "demo",
+        "model": {"name": planned.checkpoint.path.name
+                  if Path(config.model).expanduser().is_dir() else config.model,
                   "source": source_of(planned), "architecture": facts.architecture,
                   "dtype": planned.factors["dtype"].value, "layers": facts.num_layers,
                   "vocab_size": facts.vocab_size, "context_length": facts.context_length},

@@ -11,7 +11,7 @@ import transformers
 
 import xllm
 from xllm import targets
-from xllm.artifact import Artifact, Factor, cache_dir, key_of
+from xllm.artifact import Artifact, ArtifactError, Factor, cache_dir, key_of, refuse_foreign
 from xllm.backends import find_backend
 from xllm.checkpoint import Checkpoint
 from xllm.config import CompileConfig
@@ -80,18 +80,26 @@ def plan(config: CompileConfig, out: Path | None, reporter: Reporter) -> Plan:
         "max_sequences": Factor(config.max_sequences, "bound of S in the graphs"),
         "page_size": Factor(config.page_size, "shape of the KV cache"),
         "xllm": Factor(f"{xllm.__version__} {source_hash()[:16]}", "capture, passes, backends"),
-        "kernels": Factor(kernels.sources_hash()[:16], "hand-written kernels"),
+        "kernels": Factor(f"{kernels.detect_isa()} {kernels.sources_hash()[:16]}",
+                          "hand-written kernels and their instruction set"),
+        "torch": Factor(torch.__version__, "the code that exports and compiles"),
         "transformers": Factor(transformers.__version__, "the code that is captured"),
         **{name: Factor(value, "compiled code is bound to it")
            for name, value in find_backend(backend).host_factors().items()},
     }
-    destination = out or cache_dir() / "artifacts" / key_of(factors)[:24]
+    destination = (out or cache_dir() / "artifacts" / key_of(factors)[:24]).resolve()
+    refuse_foreign(destination)
     return Plan(config, checkpoint, target, backend, dtype, factors, destination)
 
 
-def find_cached(planned: Plan) -> Artifact | None:
-    """The artifact at the destination, if it has this plan's key."""
+def find_cached(planned: Plan, reporter: Reporter) -> Artifact | None:
+    """The artifact at the destination, if it is whole and has this plan's key."""
     if not Artifact.is_artifact(planned.destination):
         return None
     artifact = Artifact(planned.destination)
+    try:
+        artifact.check()
+    except ArtifactError as error:
+        reporter.say(f"artifact: {error}; compiling again")
+        return None
     return artifact if artifact.manifest.get("key") == planned.key else None

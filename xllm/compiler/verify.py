@@ -174,6 +174,8 @@ class Checker:
             old, new = (run(batch, ctx.facts.vocab_size) for run in runs)
             if not torch.isfinite(old).all():
                 raise VerifyError(f"pass {item.name}: the reference itself is not finite")
+            if not torch.isfinite(new).all():
+                raise VerifyError(f"pass {item.name} makes logits that are not finite")
             worst = max(worst, float((old - new).abs().max() / old.abs().max()))
         limit = TOLERANCE[numerics(item)][ctx.dtype]
         if not worst <= limit:

@@ -30,7 +30,7 @@ class ModelFacts:
     hidden_size: int
     vocab_size: int
     context_length: int
-    num_linears: int
+    num_even_linears: int
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def pack_linear(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
-    if ctx.dtype not in ctx.target.packed_dtypes or model.hidden_size % 2:
+    if ctx.dtype not in ctx.target.packed_dtypes:
         return 0
     merged = 2 * model.num_qkv + model.num_gated_mlps  # q/k/v became one linear, gate/up one
-    return model.num_linears - merged
+    return model.num_even_linears - (0 if model.hidden_size % 2 else merged)

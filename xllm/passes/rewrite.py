@@ -26,6 +26,10 @@ from xllm.graph import retype
 from xllm.torch_private import same_type
 
 
+class NotATensor(Exception):
+    """A parameter that ``when`` wants as a tensor is bound to a literal: no match."""
+
+
 @dataclass
 class Match:
     """Where a pattern was found: pattern nodes and parameters by what they stand for."""
@@ -34,8 +38,11 @@ class Match:
     binding: dict[str, object] = field(default_factory=dict)
 
     def val(self, name: str) -> torch.Tensor:
-        """Fake tensor of a bound parameter."""
-        return self.binding[name].meta["val"]
+        """Fake tensor of a bound parameter; raises :class:`NotATensor` for a literal."""
+        value = self.binding[name]
+        if not isinstance(value, fx.Node):
+            raise NotATensor(name)
+        return value.meta["val"]
 
     def inputs(self) -> list[fx.Node]:
         """Bound nodes, those inside bound lists too."""
@@ -121,9 +128,19 @@ class Rewrite:
     def site(self, anchor: fx.Node) -> Match | None:
         """The first match at ``anchor`` that passes the guards."""
         for match in self.matches(anchor):
-            if self._alone(match) and _undisturbed(match) and self.when(match):
+            if self._alone(match) and _undisturbed(match) and self._wanted(match):
                 return match
         return None
+
+    def _wanted(self, match: Match) -> bool:
+        """``when`` holds, and no parameter stands for a value that the match itself makes."""
+        if any(v in match.nodes.values() for v in match.binding.values()
+               if isinstance(v, fx.Node)):
+            return False
+        try:
+            return self.when(match)
+        except NotATensor:
+            return False
 
     def _alone(self, match: Match) -> bool:
         inside = set(match.nodes.values())

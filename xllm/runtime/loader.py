@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -53,14 +54,19 @@ def check_host(artifact: Artifact) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
+    """Bytes that can be allocated without swapping, as the kernel estimates it."""
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def plan_limits(manifest: dict, config: EngineConfig) -> Limits:
     """KV pages and context length by arithmetic, before anything is loaded."""
     plan, model = manifest["memory"], manifest["model"]
-    budget = config.kv_cache_gib * GIB if config.kv_cache_gib else min(free_memory() / 4, 4 * GIB)
+    budget = config.kv_cache_gib * GIB if config.kv_cache_gib else min(
+        (free_memory() - plan["weight_bytes"]) / 4, 4 * GIB)
     page_size, page_bytes = plan["page_size"], plan["kv_bytes_per_page"]
     wanted = config.context_length or model["context_length"]
     if wanted > model["context_length"]:
@@ -69,12 +75,12 @@ def plan_limits(manifest: dict, config: EngineConfig) -> Limits:
     most = 1 + plan["max_sequences"] * -(-wanted // page_size)
     pages = min(int(budget // page_bytes), most)
     holds = (pages - 1) * page_size
-    if holds < (wanted if config.context_length else min(wanted, page_size)):
+    if holds < (wanted if config.context_length else 2):
         need = (1 + -(-wanted // page_size)) * page_bytes / GIB
         raise ConfigError(
             f"the KV cache of {budget / GIB:.3g} GiB holds {max(holds, 0)} tokens, fewer than the "
-            f"context of {wanted}; raise --kv-cache-gib to {need:.3g} or lower --context-length "
-            f"to {max(holds, 0)}")
+            f"context of {wanted}; raise --kv-cache-gib to {need:.3g}"
+            + (f" or lower --context-length to {holds}" if holds >= 2 else ""))
     return Limits(
         max_tokens=plan["max_tokens"], max_sequences=plan["max_sequences"],
         context_length=min(wanted, holds), page_size=page_size, num_pages=pages,
@@ -104,7 +110,9 @@ class _Weights:
 
     def make(self, recipe: weights.Recipe) -> Tensor:
         if recipe not in self.made:
-            self.made[recipe] = weights.evaluate(recipe, self._load)
+            made = weights.evaluate(recipe, self._load)
+            # a lone leaf may still be a view of the mapped file, which somebody may replace
+            self.made[recipe] = made.clone() if isinstance(recipe, weights.Leaf) else made
         return self.made[recipe]
 
     def _load(self, name: str) -> Tensor:
@@ -114,9 +122,18 @@ class _Weights:
         return sum(t.numel() * t.element_size() for t in self.made.values())
 
 
+_LOADED_KERNELS: list[str] = []  # registered for the whole process, so there can be only one
+
+
 def _load_kernels(artifact: Artifact) -> None:
     for blob in artifact.manifest["kernels"]:
-        torch.ops.load_library(str(artifact.file(blob)))
+        if _LOADED_KERNELS and blob not in _LOADED_KERNELS:
+            raise ArtifactError(f"{artifact.path} has other kernels than the artifact loaded first "
+                                "in this process; use another process, or compile again")
+        if not _LOADED_KERNELS:
+            torch.ops.load_library(str(artifact.file(blob)))
+            _LOADED_KERNELS.append(blob)
+        artifact.file(blob)
 
 
 def _load_variants(artifact: Artifact) -> dict[str, dict[str, Compiled]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -123,6 +123,8 @@ class ArtifactExecutor:
         """Run one step; logits float32 ``[R, V]``."""
         bucket = self.bucket(batch)
         rows = len(batch.logits_rows)
+        if rows == 0:  # a prompt's inner chunk; graphs are compiled for one row or more
+            batch = replace(batch, logits_rows=[0])
         values = self.inputs.fill(pad(batch, bucket.tokens) if bucket.padded else batch)
         self.launches[bucket.variant] += 1
         for step in self.steps[bucket.variant]:
