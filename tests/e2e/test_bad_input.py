@@ -168,7 +168,7 @@ def test_artifact_whose_checkpoint_changed_or_moved(
 def test_kv_cache_too_small_names_the_flag_and_the_value(
     artifact: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    message = refusal(capsys, "run", str(artifact), "--kv-cache-gib", "0.00001",
+    message = refusal(capsys, "run", str(artifact), "--kv-cache-gib", "0.0001",
                       "--context-length", "512")
     assert "--kv-cache-gib" in message and "--context-length" in message
 
