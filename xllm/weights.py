@@ -1,8 +1,8 @@
 """Weight recipes: how a graph's parameters are made from checkpoint tensors, as data.
 
 A pass that changes a parameter never touches a tensor; it replaces the parameter's expression. The
-loader evaluates one expression at a time from memory-mapped files, so at most one parameter exists
-twice.
+loader evaluates one expression at a time from memory-mapped files: while a merged and packed
+parameter is made, up to three copies of that one exist, and never two of the model.
 """
 
 from __future__ import annotations

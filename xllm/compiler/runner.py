@@ -14,7 +14,7 @@ from xllm.serialize import graph_text
 
 
 class PassError(UserError, RuntimeError):
-    """A pass that fired less often than the model says it must, or broke a rule."""
+    """A pass that fired another number of times than the model says it must, or broke a rule."""
 
 
 @dataclass
