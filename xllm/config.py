@@ -85,12 +85,12 @@ class ServerConfig:
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, skip: tuple[str, ...] = ()) -> None:
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     """Add one flag per defaulted field of ``config``, in a group named after it."""
     group = parser.add_argument_group(config.__name__.removesuffix("Config").lower() + " options")
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
-        if item.default is dataclasses.MISSING or item.name in skip:
+        if item.default is dataclasses.MISSING:
             continue
         kind = hints[item.name]
         if isinstance(kind, types.UnionType):
