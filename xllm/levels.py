@@ -11,7 +11,7 @@ LEVELS = ("captured", "canonical", "paged", "fused", "lowered")
 
 #: xllm ops allowed at each level. Ops of the paged levels must not appear earlier, ops that the
 #: levels replace must not appear later.
-_CANONICAL = {"attention", "rms_norm", "rope", "silu_mul"}
+_CANONICAL = {"attention", "experts", "rms_norm", "rope", "silu_mul"}
 _PAGED = {"paged_attention", "kv_write", "rms_norm", "rope", "silu_mul"}
 _FUSED = _PAGED | {"add_rms_norm", "qk_norm_rope_kv_write", "packed_linear", "packed_embedding"}
 

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import xllm.ops  # noqa: F401 - declares torch.ops.xllm
+from xllm.compiler import interfaces
 from xllm.errors import UserError
 from xllm.graph import INPUT_DIMS, INPUT_DTYPES, SYMBOLS, Call, Constant, Input, Program, Weight
 from xllm.passes.core import ModelFacts
 from xllm.weights import Leaf
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 #: Those whose frequencies are constants; longrope and dynamic choose them by the longest sequence
 #: of a batch, so that one request would change another's tokens.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -30,21 +27,6 @@ SAMPLE = {"T": 7, "S": 3, "M": 5, "R": 4, "P": 11, "S+1": 4}
 
 class CaptureError(UserError, ValueError):
     """A model that cannot be captured; names the module and what is supported."""
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: object,
-) -> tuple[Tensor, None]:
-    """The attention that ``transformers`` calls during capture: ``[B, H, T, D]`` in, one node."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return torch.ops.xllm.attention(q, k, v, scale, sliding_window, softcap, s_aux), None
-
-
-AttentionInterface.register("xllm", _attention)
-AttentionMaskInterface.register("xllm", lambda *args, **kwargs: None)
 
 
 class _Flat(nn.Module):
@@ -76,10 +58,9 @@ class _Where:
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, with rotary frequencies real; raises :class:`CaptureError`."""
     kind = config.model_type
-    if kind not in FAMILIES:
-        known = "transformers knows it" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "unknown"
-        raise CaptureError(f"config.json: model_type {kind!r} is not supported ({known}); "
-                           f"supported: {', '.join(FAMILIES)}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise CaptureError(f"config.json: model_type {kind!r} is no causal language model that "
+                           "transformers knows")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise CaptureError(f"config.json: rope_type {rope!r} is not supported; "
@@ -87,11 +68,13 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="xllm")
+                config, dtype=dtype, attn_implementation=interfaces.NAME,
+                experts_implementation=interfaces.NAME)
     except Exception as error:
         raise CaptureError(f"config.json: {kind} cannot be built from it: "
                            f"{type(error).__name__}: {error}") from error
     model.eval()
+    interfaces.prepare_experts(model)
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set:  # lost on meta: make the owning module again
             parent, _, leaf = name.rpartition(".")
@@ -166,8 +149,8 @@ def _export(model: nn.Module) -> torch.export.ExportedProgram:
     except Exception as error:
         module = where.path[-1] if where.path else type(model).__name__
         reason = str(error).strip().splitlines()[0]
-        raise CaptureError(f"{type(model).__name__}: module {module} cannot be captured: {reason}; "
-                           f"supported families: {', '.join(FAMILIES)}") from error
+        raise CaptureError(f"{type(model).__name__}: module {module} cannot be captured: {reason}"
+                           ) from error
 
 
 def _bind(gm: fx.GraphModule, exported: torch.export.ExportedProgram, fake_mode: object,

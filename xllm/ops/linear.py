@@ -19,17 +19,16 @@ BLOCK = 32
 
 
 def pack(weight: Tensor) -> Tensor:
-    """``[N, K]`` → ``[ceil(N / 32), K / 2, 32, 2]``; K must be even."""
-    rows, columns = weight.shape
+    """``[..., N, K]`` → ``[..., ceil(N / 32), K / 2, 32, 2]``; K must be even."""
+    rows, columns = weight.shape[-2:]
     padded = torch.nn.functional.pad(weight, (0, 0, 0, -rows % BLOCK))
-    blocks = padded.view(-1, BLOCK, columns // 2, 2)
-    return blocks.transpose(1, 2).contiguous()
+    blocks = padded.unflatten(-2, (-1, BLOCK)).unflatten(-1, (columns // 2, 2))
+    return blocks.transpose(-3, -2).contiguous()
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:
-    """Inverse of :func:`pack`: ``[rows, K]``."""
-    blocks, pairs, _, _ = packed.shape
-    return packed.transpose(1, 2).reshape(blocks * BLOCK, pairs * 2)[:rows]
+    """Inverse of :func:`pack`: ``[..., rows, K]``."""
+    return packed.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :rows, :]
 
 
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:

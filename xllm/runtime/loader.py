@@ -104,19 +104,18 @@ def open_checkpoint(artifact: Artifact, config: EngineConfig) -> Checkpoint:
 class _Weights:
     """Executes recipes; each distinct one once."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self.checkpoint, self.dtype = checkpoint, dtype
-        self.made: dict[weights.Recipe, Tensor] = {}
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.made: dict[tuple[weights.Recipe, torch.dtype], Tensor] = {}
 
-    def make(self, recipe: weights.Recipe) -> Tensor:
-        if recipe not in self.made:
-            made = weights.evaluate(recipe, self._load)
+    def make(self, recipe: weights.Recipe, dtype: torch.dtype) -> Tensor:
+        """The parameter in the dtype that the graph wants."""
+        if (recipe, dtype) not in self.made:
+            made = weights.evaluate(recipe, self.checkpoint.load)
             # a lone leaf may still be a view of the mapped file, which somebody may replace
-            self.made[recipe] = made.clone() if isinstance(recipe, weights.Leaf) else made
-        return self.made[recipe]
-
-    def _load(self, name: str) -> Tensor:
-        return self.checkpoint.load(name).to(self.dtype)
+            lone = isinstance(recipe, weights.Leaf)
+            self.made[recipe, dtype] = made.to(dtype, copy=lone)
+        return self.made[recipe, dtype]
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.made.values())
@@ -154,8 +153,7 @@ def load(artifact: Artifact, config: EngineConfig, reporter: Reporter,
     with reporter.phase("load code"):
         _load_kernels(artifact)
         variants = _load_variants(artifact)
-    dtype = targets.DTYPES[manifest["model"]["dtype"]]
-    maker = _Weights(checkpoint, dtype)
+    maker = _Weights(checkpoint)
     constants = load_file(artifact.file("weights/constants.safetensors"))
     recipes = artifact.json("weights/recipe.json")
     with reporter.phase("load weights", total=len(recipes)) as phase:
@@ -181,9 +179,13 @@ def _argument(row: dict, call: dict, recipe: dict, maker: _Weights, constants: d
         case {"constant": name}:
             return constants[name]
         case {"weight": _}:
-            return maker.make(weights.from_json(recipe[row["name"]]))
+            return maker.make(weights.from_json(recipe[row["name"]]), _dtype(row))
         case {"state": "kv_cache"}:
             shape = [num_pages, *row["shape"][1:]]
-            return torch.zeros(shape, dtype=targets.DTYPES[row["dtype"].removeprefix("torch.")])
+            return torch.zeros(shape, dtype=_dtype(row))
     raise ArtifactError(f"placeholder {row['name']} has an unknown binding {row['bind']}")
 
+
+
+def _dtype(row: dict) -> torch.dtype:
+    return targets.DTYPES[row["dtype"].removeprefix("torch.")]
