@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"errors", "config", "targets", "demo", "progress", "torch_private"}),),
     (frozenset({"ops"}),),
-    (frozenset({"checkpoint", "weights", "graph", "levels", "serialize"}),),
+    (frozenset({"checkpoint", "weights", "graph", "levels", "serialize", "vision",
+                "quantization", "quantized_layouts"}),),
     (frozenset({"artifact"}), frozenset({"passes"}), frozenset({"kernels"})),
     (frozenset({"backends"}),),
     (frozenset({"compiler"}), frozenset({"runtime"})),

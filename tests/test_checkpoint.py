@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, dynamic_module_utils
 
 from tests.tiny import families, save_checkpoint
-from xllm.checkpoint import Checkpoint, CheckpointError, resolve
+from xllm.artifact import ArtifactWriter
+from xllm.checkpoint import DTYPES, Checkpoint, CheckpointError, resolve
+from xllm.compiler.capture import build_meta_model
+from xllm.config import CompileConfig, ConfigError
 from xllm.demo import CHECKPOINT
+from xllm.llm import obtain
+from xllm.progress import Reporter
 
 
 @pytest.fixture
@@ -86,3 +93,76 @@ def test_hub_id_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="'owner/no-such-model'.*could not be fetched"):
         resolve("owner/no-such-model")
+
+
+def reconfigure(path: Path, **values: object) -> None:
+    """Change entries of config.json."""
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_every_stored_dtype_is_read_and_quantised_ones_do_not_decide(path: Path) -> None:
+    stored = {name: torch.zeros(4, 4096).to(dtype) for name, dtype in DTYPES.items()}
+    save_file(stored | {"more": torch.zeros(4, 8, dtype=torch.bfloat16)},
+              path / "model.safetensors")
+    checkpoint = Checkpoint(path)
+    for name, dtype in DTYPES.items():
+        assert checkpoint.load(name).dtype == checkpoint.info(name).dtype(name) == dtype
+    assert checkpoint.dtype == torch.bfloat16
+
+
+def test_pickled_weights_are_refused(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin, a pickle; accepted: safetens"):
+        _ = Checkpoint(path).tensors
+
+
+def test_an_unknown_model_type_is_read_as_its_architecture(tmp_path: Path) -> None:
+    config = DeepseekV3Config(kv_lora_rank=16, architectures=["DeepseekV3ForCausalLM"])
+    config.save_pretrained(tmp_path)
+    reconfigure(tmp_path, model_type="kimi_k2", auto_map={"AutoConfig": "no_file.NoConfig"})
+    read = Checkpoint(tmp_path).config
+    assert type(read) is DeepseekV3Config and read.model_type == "deepseek_v3"
+    assert read.kv_lora_rank == 16
+
+
+REMOTE = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM
+sys.modules["remote_code_ran"] = sys
+class NewConfig(LlamaConfig):
+    model_type = "new"
+class NewForCausalLM(LlamaForCausalLM):
+    config_class = NewConfig
+"""
+
+
+def test_code_of_a_checkpoint_runs_if_trusted_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(families()["llama"], tmp_path / "new_model")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "remote_code_ran", raising=False)
+    (path / "new.py").write_text(REMOTE)
+    reconfigure(path, model_type="new", architectures=["NewForCausalLM"], auto_map={
+        "AutoConfig": "new.NewConfig", "AutoModelForCausalLM": "new.NewForCausalLM"})
+    with pytest.raises(CheckpointError, match="'new' is unknown .* under --trust-remote-code only"):
+        _ = Checkpoint(path).config
+    assert "remote_code_ran" not in sys.modules
+    trusted = Checkpoint(path, trust_remote_code=True)
+    model = build_meta_model(trusted.config, torch.float32)
+    assert type(model).__name__ == "NewForCausalLM" and "remote_code_ran" in sys.modules
+    before = trusted.fingerprint
+    (path / "new.py").write_text(REMOTE + "# changed")
+    assert Checkpoint(path, trust_remote_code=True).fingerprint != before
+
+
+def test_an_artifact_of_trusted_code_wants_the_flag_again(tmp_path: Path) -> None:
+    factor = {"value": True, "reason": "whose code is captured"}
+    ArtifactWriter(tmp_path / "a").commit({"factors": {"trust_remote_code": factor}}, {})
+    model = str(tmp_path / "a")
+    with pytest.raises(ConfigError, match="under --trust-remote-code only"):
+        obtain(model, CompileConfig(model), Reporter(quiet=True))
+    trusting = CompileConfig(model, trust_remote_code=True)
+    assert obtain(model, trusting, Reporter(quiet=True))[1] is None

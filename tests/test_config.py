@@ -43,8 +43,9 @@ def test_flags_come_from_fields_and_round_trip() -> None:
     for config in (CompileConfig, EngineConfig, ServerConfig):
         add_flags(parser, config)
     args = parser.parse_args(["--model", "m", "--max-tokens", "128", "--kv-cache-gib", "0.5",
-                              "--context-length", "64", "--port", "0"])
-    assert from_args(args, CompileConfig) == CompileConfig("m", max_tokens=128)
+                              "--context-length", "64", "--port", "0", "--trust-remote-code"])
+    assert from_args(args, CompileConfig) == CompileConfig(
+        "m", max_tokens=128, trust_remote_code=True)
     assert from_args(args, EngineConfig) == EngineConfig(64, 0.5)
     assert from_args(args, ServerConfig) == ServerConfig(port=0)
     for config in (CompileConfig, EngineConfig, ServerConfig):

@@ -42,6 +42,8 @@ def manifest() -> dict:
                    "epilogue": {"calls": 1, "nodes": 1, "signature": []}},
         "schedule": [{"piece": "layer"}, {"piece": "layer"}, {"piece": "epilogue"}],
         "symbols": {"T": "tokens"},
+        "weights": [{"class": "mlp.down_proj", "stored": "int4, 128 inputs per scale",
+                     "memory": "int4", "bytes": 2048}],
         "memory": {"page_size": 16, "max_tokens": 64, "max_sequences": 4,
                    "kv_bytes_per_page": 32_768, "weight_bytes": 3 << 20},
         "buckets": [{"tokens": 1, "variant": "decode_1", "padded": True},

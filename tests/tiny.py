@@ -26,7 +26,7 @@ from xllm.targets import find
 PAGE_SIZE = 4
 DTYPES = (torch.float32, torch.bfloat16)
 
-_SIZES = {
+SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
@@ -40,14 +40,14 @@ _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
 def families() -> dict[str, PretrainedConfig]:
     """A fresh configuration per supported family and per variant that changes the graph."""
     return {
-        "llama": LlamaConfig(tie_word_embeddings=False, **_SIZES),
-        "llama-llama3": LlamaConfig(rope_parameters=_LLAMA3, tie_word_embeddings=True, **_SIZES),
-        "qwen2": Qwen2Config(tie_word_embeddings=False, **_SIZES),
+        "llama": LlamaConfig(tie_word_embeddings=False, **SIZES),
+        "llama-llama3": LlamaConfig(rope_parameters=_LLAMA3, tie_word_embeddings=True, **SIZES),
+        "qwen2": Qwen2Config(tie_word_embeddings=False, **SIZES),
         "qwen2-window": Qwen2Config(use_sliding_window=True, sliding_window=3, max_window_layers=1,
-                                    tie_word_embeddings=True, **_SIZES),
-        "qwen3": Qwen3Config(head_dim=16, tie_word_embeddings=True, **_SIZES),
+                                    tie_word_embeddings=True, **SIZES),
+        "qwen3": Qwen3Config(head_dim=16, tie_word_embeddings=True, **SIZES),
         "qwen3-yarn": Qwen3Config(head_dim=16, rope_parameters=_YARN, tie_word_embeddings=False,
-                                  **_SIZES),
+                                  **SIZES),
     }
 
 
@@ -101,10 +101,17 @@ def save_checkpoint(config: PretrainedConfig, directory: Path, dtype: torch.dtyp
                     seed: int = 0) -> Path:
     """Write config.json and model.safetensors of a random model; returns ``directory``.
 
-    Norm weights and biases are random too, so that mixing up two of them shows. No tokenizer.
+    No tokenizer.
     """
-    generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    randomise(model, seed)
+    model.save_pretrained(directory)
+    return directory
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw all parameters; norm weights and biases too, so that mixing up two of them shows."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -115,5 +122,3 @@ def save_checkpoint(config: PretrainedConfig, directory: Path, dtype: torch.dtyp
             else:
                 value = noise * 2 / parameter.shape[-1] ** 0.5
             parameter.copy_(value)
-    model.save_pretrained(directory)
-    return directory

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from xllm.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 3
 TIMINGS = "report/timings.json"
 
 

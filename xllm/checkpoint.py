@@ -11,21 +11,33 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from xllm import demo
 from xllm.errors import UserError
 
 WHOLE_FILE, WINDOW = 64 << 20, 4096  # bytes
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8,
+    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+}
+#: Those a model can be served in; the others hold quantised weights and what belongs to them.
+SERVED = ("F32", "BF16", "F16")
 
 
 class CheckpointError(UserError, ValueError):
@@ -40,9 +52,19 @@ class TensorInfo:
     shape: tuple[int, ...]
     stored: str
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of this tensor, called ``name``; raises :class:`CheckpointError` if unknown."""
+        if self.stored not in DTYPES:
+            raise CheckpointError(f"{self.file}: tensor {name} has dtype {self.stored}; "
+                                  f"accepted: {', '.join(DTYPES)}")
+        return DTYPES[self.stored]
 
-def resolve(model: str) -> Path:
-    """Directory of ``model``: ``demo``, a local directory, or a hub id (downloaded or cached)."""
+
+def resolve(model: str, trust_remote_code: bool = False) -> Path:
+    """Directory of ``model``: ``demo``, a local directory, or a hub id (downloaded or cached).
+
+    Python files are downloaded only where they are trusted.
+    """
     if model == "demo":
         return demo.CHECKPOINT
     path = Path(model).expanduser()
@@ -51,14 +73,15 @@ def resolve(model: str) -> Path:
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"model {model!r} is no directory; accepted: a checkpoint directory, "
                               "a hub id (owner/name), or demo")
-    return _download(model)
+    return _download(model, ["*.py"] if trust_remote_code else [])
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, more: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt",
+                    *more]
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0]
@@ -104,27 +127,58 @@ def _windows(file: Path, size: int) -> Iterator[tuple[int, int]]:
             yield offset, min(WINDOW, end - offset)
 
 
-class Checkpoint:
-    """One checkpoint directory. Nothing but headers is read until a tensor is loaded."""
+def _config_class(architectures: list[str]) -> type[PretrainedConfig] | None:
+    """Configuration of the first of these model classes that ``transformers`` has, if any."""
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+             *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    found = (getattr(transformers, name).config_class for name in architectures if name in known)
+    return next(found, None)
 
-    def __init__(self, path: Path) -> None:
+
+class Checkpoint:
+    """One checkpoint directory. Nothing but headers is read until a tensor is loaded.
+
+    Code that comes with it runs only under ``trust_remote_code``.
+    """
+
+    def __init__(self, path: Path, trust_remote_code: bool = False) -> None:
         self.path = path
+        self.trust_remote_code = trust_remote_code
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} holds no config.json; a Hugging Face checkpoint has one")
 
     @classmethod
-    def open(cls, model: str) -> Checkpoint:
+    def open(cls, model: str, trust_remote_code: bool = False) -> Checkpoint:
         """Open ``demo``, a directory or a hub id; raises :class:`CheckpointError`."""
-        return cls(resolve(model))
+        return cls(resolve(model, trust_remote_code), trust_remote_code)
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration; code that comes with a checkpoint never runs."""
+        """The model's configuration; an unknown model type is read as its architecture's own."""
         try:
+            raw = json.loads((self.path / "config.json").read_text())
+            kind = raw.get("model_type")
+            if (self.trust_remote_code and "auto_map" in raw) or kind in CONFIG_MAPPING:
+                return AutoConfig.from_pretrained(
+                    self.path, trust_remote_code=self.trust_remote_code)
+            known = _config_class(raw.get("architectures") or [])
+            if known:
+                rest = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map")}
+                return known.from_dict(rest)
+            if "auto_map" in raw:
+                raise ValueError(f"model_type {kind!r} is unknown to transformers and comes with "
+                                 "its own code, which runs under --trust-remote-code only")
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{self.path / 'config.json'}: {reason}") from error
+
+    @cached_property
+    def headless(self) -> bool:
+        """Whether it is an embedding model that was stored without its language head."""
+        return ((self.path / "modules.json").is_file()
+                and not self.config.get_text_config().tie_word_embeddings
+                and not any(name.startswith("lm_head.") for name in self.tensors))
 
     @property
     def has_tokenizer(self) -> bool:
@@ -135,7 +189,8 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with its chat template."""
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            return AutoTokenizer.from_pretrained(
+                self.path, config=self.config, trust_remote_code=self.trust_remote_code)
         except Exception as error:
             raise CheckpointError(f"{self.path}: no usable tokenizer: "
                                   f"{str(error).splitlines()[0]}") from error
@@ -174,6 +229,9 @@ class Checkpoint:
             names = ["model.safetensors"]
         for name in names:
             if not (self.path / name).is_file():
+                if any(self.path.glob("pytorch_model*.bin")):
+                    raise CheckpointError(f"{self.path} holds pytorch_model.bin, a pickle; accepted"
+                                          ": safetensors (save_pretrained writes them)")
                 raise CheckpointError(f"{self.path} lacks the weight file {name}")
         return [self.path / name for name in names]
 
@@ -181,11 +239,7 @@ class Checkpoint:
         """Header entry of a tensor; raises :class:`CheckpointError` where it is missing."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} lacks the tensor {name}")
-        info = self.tensors[name]
-        if info.stored not in DTYPES:
-            raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.stored}; "
-                                  f"accepted: {', '.join(DTYPES)}")
-        return info
+        return self.tensors[name]
 
     def load(self, name: str) -> Tensor:
         """Read one tensor; raises :class:`CheckpointError`."""
@@ -198,16 +252,18 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype most of the weights are stored in."""
-        totals: dict[str, int] = {}
+        """The dtype most of the weights are stored in; quantised ones do not count."""
+        totals = dict.fromkeys(SERVED, 0)
         for info in self.tensors.values():
-            size = torch.Size(info.shape).numel()
-            totals[info.stored] = totals.get(info.stored, 0) + size
-        if not totals:
+            if info.stored in totals:
+                totals[info.stored] += torch.Size(info.shape).numel()
+        if not self.tensors:
             raise CheckpointError(f"{self.path} holds no tensors")
-        most = max(totals, key=totals.__getitem__)
-        first = next(n for n, info in self.tensors.items() if info.stored == most)
-        return DTYPES[self.info(first).stored]
+        if not any(totals.values()):
+            name, info = next(iter(self.tensors.items()))
+            raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.stored}; "
+                                  f"accepted: {', '.join(SERVED)}")
+        return DTYPES[max(totals, key=totals.__getitem__)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -217,6 +273,8 @@ class Checkpoint:
         terabytes need not be read.
         """
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for code in sorted(self.path.glob("*.py")) if self.trust_remote_code else ():
+            digest.update(code.read_bytes())
         for file in self._files():
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from xllm.config import CompileConfig, EngineConfig, ServerConfig, add_flags, from_args
+from xllm.config import CompileConfig, EngineConfig, ImageConfig, ServerConfig, add_flags, from_args
 from xllm.errors import UserError
 from xllm.progress import Reporter
 
@@ -27,13 +27,16 @@ def _compile(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from xllm.llm import model_name, obtain, start
+    from xllm.runtime.embedding import read_embedder
+    from xllm.runtime.server.images import Vision
     from xllm.runtime.server.serve import serve
 
     reporter, server = Reporter(), from_args(args, ServerConfig)
     artifact, checkpoint = obtain(args.model, from_args(args, CompileConfig), reporter)
     name = server.served_model_name or model_name(artifact, args.model, checkpoint)
     engine, checkpoint = start(artifact, from_args(args, EngineConfig), reporter, checkpoint)
-    return serve(engine, checkpoint.tokenizer, name, server)
+    vision = Vision.of(checkpoint.path, engine.encoder, from_args(args, ImageConfig))
+    return serve(engine, checkpoint.tokenizer, name, server, read_embedder(checkpoint.path), vision)
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -89,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
     running = verbs.add_parser("run", help="serve a model over the OpenAI API")
     running.add_argument("model", help="demo, a checkpoint directory, a hub id, or an artifact")
-    for config in (ServerConfig, EngineConfig, CompileConfig):
+    for config in (ServerConfig, ImageConfig, EngineConfig, CompileConfig):
         add_flags(running, config)
     running.set_defaults(verb=_run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class CompileConfig:
     max_tokens: int = setting(512, "upper bound of tokens in one step", unit="tokens")
     max_sequences: int = setting(64, "upper bound of sequences in one step", unit="sequences")
     page_size: int = setting(16, "tokens per KV page", unit="tokens")
+    trust_remote_code: bool = setting(False, "run the code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", self.model, "a directory, a hub id, or demo")
@@ -63,6 +65,8 @@ class EngineConfig:
         unit="tokens")
     kv_cache_gib: float | None = setting(
         None, "memory for the KV cache; default a quarter of what is free, up to 4", unit="GiB")
+    image_cache_mib: int = setting(
+        256, "memory for embeddings of images that may come again", unit="MiB")
     weights: Path | None = setting(None, "checkpoint directory, if it has moved since compiling")
 
     def __post_init__(self) -> None:
@@ -71,6 +75,8 @@ class EngineConfig:
         if self.kv_cache_gib is not None:
             _require(0 < self.kv_cache_gib < 1 << 20, "kv_cache_gib", self.kv_cache_gib,
                      "more than 0, less than 1048576")
+        _require(0 <= self.image_cache_mib <= 1 << 20, "image_cache_mib", self.image_cache_mib,
+                 "0 to 1048576")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,35 @@ class ServerConfig:
         _require(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
 
 
+@dataclass(frozen=True)
+class ImageConfig:
+    """What images a request may bring; images as data URLs are always taken."""
+
+    allow_image_hosts: str | None = setting(
+        None, "hosts that images may be fetched from: host or host:port, commas between; "
+        "default none")
+    image_timeout: float = setting(
+        10.0, "longest time that fetching one image may take", unit="seconds")
+    max_image_bytes: int = setting(20 << 20, "largest image file", unit="bytes")
+    max_image_pixels: int = setting(1 << 25, "most pixels of one image", unit="pixels")
+    max_images: int = setting(16, "most images in one request", unit="images")
+
+    def __post_init__(self) -> None:
+        _require(0 < self.image_timeout < math.inf, "image_timeout", self.image_timeout,
+                 "more than 0, finite")
+        _require(1 <= self.max_image_bytes <= 1 << 30, "max_image_bytes", self.max_image_bytes,
+                 "1 to 1073741824")
+        _require(1 <= self.max_image_pixels <= 1 << 27, "max_image_pixels", self.max_image_pixels,
+                 "1 to 134217728")  # Pillow refuses more
+        _require(0 <= self.max_images <= 1024, "max_images", self.max_images, "0 to 1024")
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The allowed hosts in lower case."""
+        names = (self.allow_image_hosts or "").lower().split(",")
+        return frozenset(name.strip() for name in names if name.strip())
+
+
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
     """Add one flag per defaulted field of ``config``, in a group named after it."""
     group = parser.add_argument_group(config.__name__.removesuffix("Config").lower() + " options")
@@ -93,11 +128,15 @@ def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
         if item.default is dataclasses.MISSING:
             continue
         kind = hints[item.name]
+        flag = "--" + item.name.replace("_", "-")
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=item.metadata["help"])
+            continue
         if isinstance(kind, types.UnionType):
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         shown = "" if item.default is None else f" (default {item.default})"
         group.add_argument(
-            "--" + item.name.replace("_", "-"), type=kind, default=item.default,
+            flag, type=kind, default=item.default,
             metavar=item.metadata.get("unit", item.name).upper(),
             help=item.metadata["help"] + shown)
 

@@ -75,7 +75,10 @@ class Call:
 
 @dataclass
 class Program:
-    """The model as pieces and a schedule; the last call defines ``logits``."""
+    """A graph of the model as pieces and a schedule.
+
+    The text graph's last call defines ``logits``, the encode graph's ``image_embeds``.
+    """
 
     pieces: dict[str, fx.GraphModule]
     schedule: list[Call]
@@ -110,16 +113,38 @@ INPUT_DIMS: dict[str, tuple[str | int, ...]] = {
     "seq_lens": ("S",),
     "logits_rows": ("R",),
 }
-INPUT_DTYPES = {
-    name: torch.int32 if name in ("block_table", "query_start_loc", "seq_lens") else torch.int64
-    for name in INPUT_DIMS
+#: Further inputs of a model that sees images; ``hidden`` is its hidden size. A row of
+#: ``image_embeds`` replaces the embedding of a token whose ``image_rows`` entry is not -1.
+IMAGE_DIMS: dict[str, tuple[str | int, ...]] = {
+    "mrope_positions": (3, 1, "T"),
+    "image_rows": ("T",),
+    "image_embeds": ("I", "hidden"),
 }
+#: Inputs of its encode graph: ``patches`` is 4 U where 2 x 2 patches make one image token,
+#: ``values`` the numbers of a patch; the offset arrays start with 0.
+ENCODE_DIMS: dict[str, tuple[str | int, ...]] = {
+    "pixel_values": ("patches", "values"),
+    "position_ids": ("patches", 2),
+    "cu_seqlens": ("B",),
+    "window_index": ("U",),
+    "cu_window_seqlens": ("W",),
+}
+_INT32 = {"block_table", "query_start_loc", "seq_lens", "cu_seqlens", "cu_window_seqlens"}
+#: ``image_embeds``, which is not listed, has the model's dtype.
+INPUT_DTYPES = {
+    name: torch.int32 if name in _INT32 else torch.int64
+    for name in (INPUT_DIMS | IMAGE_DIMS | ENCODE_DIMS) if name != "image_embeds"
+} | {"pixel_values": torch.float32}
 SYMBOLS = {
     "T": "tokens in the step",
     "S": "sequences in the step",
     "M": "pages per sequence (block-table width)",
     "R": "rows whose logits are wanted",
     "P": "pages of the KV cache",
+    "I": "rows of image embeddings at hand",
+    "U": "image tokens to encode",
+    "B": "offsets of images among the patches",
+    "W": "offsets of windows among the patches",
 }
 
 

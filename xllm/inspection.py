@@ -131,9 +131,16 @@ def inspect(artifact: Artifact, console: Console) -> None:
     console.print(f"key {part(artifact, 'key')}\n", soft_wrap=True, highlight=False)
     _show_passes(part(artifact, "passes"), milliseconds, console)
     _show(console, "graphs per level", "level piece nodes# calls#", graph_rows(artifact))
+    if "encode" in artifact.manifest:
+        pieces = artifact.manifest["encode"]["pieces"]
+        _show(console, "encode graph, lowered (report/encode.html)", "piece nodes# calls#",
+              ((name, piece["nodes"], piece["calls"]) for name, piece in pieces.items()))
     _show(console, "buckets", "tokens# variant padded",
           ((row["tokens"], row["variant"], "yes" if row["padded"] else "no")
            for row in part(artifact, "buckets")))
+    _show(console, "weights", "class stored in_memory bytes#",
+          ((row["class"], row["stored"], row["memory"], size(row["bytes"]))
+           for row in part(artifact, "weights")))
     steps = recipe_steps(artifact.json("weights/recipe.json"))
     _show(console, "weight recipe steps", "step count#",
           ((name, steps[name]) for name in _STEPS))

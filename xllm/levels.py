@@ -11,9 +11,15 @@ LEVELS = ("captured", "canonical", "paged", "fused", "lowered")
 
 #: xllm ops allowed at each level. Ops of the paged levels must not appear earlier, ops that the
 #: levels replace must not appear later.
-_CANONICAL = {"attention", "experts", "rms_norm", "rope", "silu_mul"}
-_PAGED = {"paged_attention", "kv_write", "rms_norm", "rope", "silu_mul"}
-_FUSED = _PAGED | {"add_rms_norm", "qk_norm_rope_kv_write", "packed_linear", "packed_embedding"}
+_CANONICAL = {"attention", "latent_attention", "segment_attention", "experts", "moe_route",
+              "rms_norm", "rope", "silu_mul"}
+_PAGED = {"paged_attention", "paged_latent_attention", "segment_attention", "kv_write",
+          "latent_write", "rms_norm", "rope", "silu_mul"}
+_GROUPED = {"moe_route", "group_tokens", "group_matmul", "gated_activation", "combine_experts"}
+_FUSED = _PAGED | _GROUPED | {"add_rms_norm", "qk_norm_rope_kv_write", "packed_linear",
+                              "packed_embedding", "packed_group_matmul", "quant_linear"}
+#: What the schedule is for: the text graph's, and the encode graph's.
+RESULTS = frozenset({"image_embeds", "logits"})
 
 
 class LevelError(RuntimeError):
@@ -25,7 +31,7 @@ def allowed(level: str, kernels: frozenset[str]) -> frozenset[str]:
     table = {
         "captured": _CANONICAL,
         "canonical": _CANONICAL,
-        "paged": _PAGED,
+        "paged": _PAGED | _GROUPED | {"experts"},
         "fused": _FUSED,
         "lowered": set(kernels),
     }
@@ -69,5 +75,5 @@ def _verify_schedule(program: Program) -> None:
             raise LevelError(f"call {index} of {call.piece} reads {sorted(missing)} before any "
                              "call defines it")
         defined.update(call.outputs)
-    if "logits" not in defined:
-        raise LevelError("no call of the schedule defines logits")
+    if not defined & RESULTS:
+        raise LevelError(f"no call of the schedule defines {' or '.join(sorted(RESULTS, reverse=True))}")

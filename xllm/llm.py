@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from xllm.artifact import Artifact
 from xllm.checkpoint import Checkpoint
-from xllm.config import CompileConfig, ConfigError, EngineConfig
+from xllm.config import CompileConfig, ConfigError, EngineConfig, ImageConfig
 from xllm.progress import Reporter
+from xllm.runtime.embedding import read_embedder
+from xllm.runtime.encoder import Encoder
 from xllm.runtime.engine import Engine
 from xllm.runtime.generate import generate
 from xllm.runtime.loader import load, open_checkpoint
 from xllm.runtime.outputs import RequestOutput
 from xllm.runtime.request import Prompt
-from xllm.runtime.sampling_params import SamplingParams
+from xllm.runtime.reranking import Reranker
+from xllm.runtime.sampling_params import Params, PoolingParams, SamplingParams
+from xllm.runtime.server.images import Vision
+from xllm.runtime.server.prompt import chat_prompt
+from xllm.runtime.server.protocol import ChatRequest
 from xllm.runtime.worker import ArtifactExecutor
 
 __all__ = ["LLM", "SamplingParams"]
@@ -58,6 +66,9 @@ def model_name(artifact: Artifact, model: str, checkpoint: Checkpoint | None) ->
 
 def _refuse_other_settings(artifact: Artifact, config: CompileConfig) -> None:
     """A compile setting that a finished artifact does not have cannot be asked of it."""
+    if artifact.factor("trust_remote_code") and not config.trust_remote_code:
+        raise ConfigError(f"{artifact.path} needs code that comes with its checkpoint, which runs "
+                          "under --trust-remote-code only")
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if item.name == "model" or value == item.default or value == artifact.factor(item.name):
@@ -74,7 +85,8 @@ def open_executor(
     if checkpoint is None or config.weights:
         checkpoint = open_checkpoint(artifact, config)
     loaded = load(artifact, config, reporter, checkpoint)
-    return ArtifactExecutor(artifact, loaded, loaded.limits), checkpoint
+    encoder = Encoder.of(artifact, loaded, checkpoint.config)
+    return ArtifactExecutor(artifact, loaded, loaded.limits, encoder), checkpoint
 
 
 def start(
@@ -84,7 +96,9 @@ def start(
     """An engine on an artifact; without a checkpoint, the one it was compiled from."""
     executor, checkpoint = open_executor(artifact, config, reporter, checkpoint)
     tokenizer = checkpoint.tokenizer.backend_tokenizer if checkpoint.has_tokenizer else None
-    return Engine(executor, checkpoint.eos_token_ids, tokenizer), checkpoint
+    engine = Engine(executor, checkpoint.eos_token_ids, tokenizer, config.image_cache_mib << 20,
+                    has_logits=not checkpoint.headless)
+    return engine, checkpoint
 
 
 class LLM:
@@ -116,26 +130,64 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Complete prompts given as text or token ids; one output per prompt, in order."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        shared = isinstance(params, SamplingParams) or params is None
-        each = [params or SamplingParams()] * len(prompts) if shared else list(params)
-        made = [self._prompt(p, q) for p, q in zip(prompts, each, strict=True)]
+        prompts = _listed(prompts)
+        made = [self._prompt(p, q) for p, q in zip(prompts, _each(params, prompts), strict=True)]
         return generate(self.engine, made, progress=use_tqdm)
 
     def chat(
         self, conversations: Conversation | Sequence[Conversation],
         params: SamplingParams | Sequence[SamplingParams] | None = None, use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer conversations of ``{"role": ..., "content": ...}`` by the chat template."""
+        """Answer conversations of ``{"role": ..., "content": ...}`` by the chat template.
+
+        Contents are those of the HTTP API: a text, or parts of text and images (data URLs).
+        """
         if conversations and isinstance(conversations[0], dict):
             conversations = [conversations]
-        texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
-                 for c in conversations]
-        ids = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-        return self.generate(ids, params, use_tqdm)
+        made = [chat_prompt(self.tokenizer, ChatRequest(messages=list(c)), q, self._vision)
+                for c, q in zip(conversations, _each(params, conversations), strict=True)]
+        return generate(self.engine, made, progress=use_tqdm)
 
-    def _prompt(self, prompt: TextOrTokens, params: SamplingParams) -> Prompt:
+    @cached_property
+    def _vision(self) -> Vision | None:
+        return Vision.of(self.checkpoint.path, self.engine.encoder, ImageConfig())
+
+    def embed(
+        self, prompts: TextOrTokens | Sequence[TextOrTokens], dimensions: int | None = None,
+    ) -> list[Tensor]:
+        """Embeddings, float32 ``[dimensions]``, by last-token pooling; one per prompt, in order."""
+        embedder = read_embedder(self.checkpoint.path)
+        embedder.check(dimensions)
+        made = [self._prompt(prompt, PoolingParams()) for prompt in _listed(prompts)]
+        return [embedder.finish(row, dimensions) for row in self._vectors(made)]
+
+    def rerank(
+        self, query: str, documents: Sequence[str], instruction: str | None = None
+    ) -> list[float]:
+        """Relevance of each document to the query, 0 to 1, by a Qwen3-Reranker."""
+        reranker = Reranker.of(self.tokenizer)
+        made = [reranker.prompt(query, text, instruction) for text in documents]
+        return [reranker.score(row) for row in self._vectors(made)]
+
+    def _vectors(self, prompts: Sequence[Prompt]) -> list[Tensor]:
+        outputs = [result.outputs[0] for result in generate(self.engine, prompts)]
+        return [output.vector for output in outputs if output.vector is not None]
+
+    def _prompt(self, prompt: TextOrTokens, params: Params) -> Prompt:
         if isinstance(prompt, str):
             return Prompt(self.tokenizer(prompt)["input_ids"], params, text=prompt)
         return Prompt(list(prompt), params)
+
+
+def _each(params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[object]
+          ) -> Sequence[SamplingParams]:
+    """Params for each prompt: one for all, or a list."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    return params
+
+
+def _listed(prompts: TextOrTokens | Sequence[TextOrTokens]) -> Sequence[TextOrTokens]:
+    """One prompt as a list of one."""
+    single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
+    return [prompts] if single else prompts

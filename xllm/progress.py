@@ -30,8 +30,9 @@ class Reporter:
         hidden = not self.console.is_terminal
         with Progress(*columns, console=self.console, transient=True, disable=hidden) as bars:
             yield Phase(bars, bars.add_task(name, total=total, what=""))
-        self.seconds[name] = time.perf_counter() - start
-        self.say(f"{name:<24} {self.seconds[name]:7.1f} s")
+        spent = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        self.say(f"{name:<24} {spent:7.1f} s")
 
 
 class Phase:

@@ -9,7 +9,8 @@ import torch
 from xllm.errors import UserError
 
 DTYPES = {str(d).removeprefix("torch."): d
-          for d in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)}
+          for d in (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64,
+                    torch.int8, torch.float8_e4m3fn)}
 
 
 class UnknownTarget(UserError, ValueError):
@@ -51,8 +52,10 @@ TARGETS = {
         backend="inductor",
         dtypes=_CPU_DTYPES,
         kernels=frozenset({
-            "paged_attention", "kv_write", "qk_norm_rope_kv_write", "packed_linear",
-            "packed_embedding",
+            "paged_attention", "paged_latent_attention", "kv_write", "latent_write",
+            "qk_norm_rope_kv_write", "packed_linear", "packed_embedding", "segment_attention",
+            "quant_linear", "group_tokens", "group_matmul", "packed_group_matmul",
+            "combine_experts",
         }),
         packed_dtypes=frozenset({torch.bfloat16}),
         static_buckets=(),

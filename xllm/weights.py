@@ -11,6 +11,7 @@ tuples of recipes) are its parts, the others plain JSON values; ``make`` gets th
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,12 +59,13 @@ class Concat(Step):
 
 @dataclass(frozen=True)
 class Stack(Step):
-    """Equal parts stacked along a new first dimension (experts)."""
+    """Equal parts stacked along a new dimension (experts)."""
 
     parts: tuple[Recipe, ...]
+    dim: int = 0
 
     def make(self, *parts: Tensor) -> Tensor:
-        return torch.stack(parts)
+        return torch.stack(parts, self.dim)
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,28 @@ class Reshape(Step):
 
 
 @dataclass(frozen=True)
+class Cast(Step):
+    """Rounded to a dtype, named as torch does (``bfloat16``)."""
+
+    part: Recipe
+    dtype: str
+
+    def make(self, *parts: Tensor) -> Tensor:
+        return parts[0].to(getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class Add(Step):
+    """A number added to every element (norms that weight by 1 + w)."""
+
+    part: Recipe
+    value: float
+
+    def make(self, *parts: Tensor) -> Tensor:
+        return parts[0] + self.value
+
+
+@dataclass(frozen=True)
 class Pack(Step):
     """A ``[..., N, K]`` weight in the layout of :func:`xllm.ops.linear.pack`."""
 
@@ -122,18 +146,23 @@ def leaves(recipe: Recipe) -> list[str]:
     return [name for part in recipe.parts_of() for name in leaves(part)]
 
 
-def substitute(recipe: Recipe, leaf: Callable[[str], Recipe]) -> Recipe:
-    """The same steps over ``leaf(name)`` in place of each leaf."""
-    if isinstance(recipe, Leaf):
-        return leaf(recipe.name)
+def map_parts(recipe: Recipe, change: Callable[[Recipe], Recipe]) -> Recipe:
+    """The same step over ``change(part)`` in place of each part; a leaf has none."""
     changed = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
         if isinstance(value, (Leaf, Step)):
-            changed[field.name] = substitute(value, leaf)
+            changed[field.name] = change(value)
         elif isinstance(value, tuple) and any(isinstance(v, (Leaf, Step)) for v in value):
-            changed[field.name] = tuple(substitute(v, leaf) for v in value)
-    return dataclasses.replace(recipe, **changed)
+            changed[field.name] = tuple(change(v) for v in value)
+    return dataclasses.replace(recipe, **changed) if changed else recipe
+
+
+def substitute(recipe: Recipe, leaf: Callable[[str], Recipe]) -> Recipe:
+    """The same steps over ``leaf(name)`` in place of each leaf."""
+    if isinstance(recipe, Leaf):
+        return leaf(recipe.name)
+    return map_parts(recipe, lambda part: substitute(part, leaf))
 
 
 def rename(recipe: Recipe, names: Callable[[str], str]) -> Recipe:
@@ -150,6 +179,7 @@ def evaluate(recipe: Recipe, load: Callable[[str], Tensor]) -> Tensor:
 
 def kinds(base: type[Step] = Step) -> dict[str, type[Step]]:
     """Every step by its JSON name."""
+    importlib.import_module("xllm.quantization")  # has steps too
     found = {}
     for kind in base.__subclasses__():
         found |= {kind.__name__.lower(): kind} | kinds(kind)

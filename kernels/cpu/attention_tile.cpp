@@ -7,8 +7,7 @@
 //   sums[rows, D] = decay[rows] sums[rows, D] + weights[keys, rows]^T V[keys, D]
 // Keys and values are widened a piece at a time, small enough to stay in the first-level cache.
 #include "attention.h"
-
-#include <utility>
+#include "transpose.h"
 
 namespace xllm {
 namespace {
@@ -181,23 +180,6 @@ void soften(const State& s, int64_t lane, int64_t count, float softcap, Mask mas
   store(s.decay + lane, decay);
 }
 
-// 2 VL lanes of a and b where lanes with bit STEP are swapped between the two: a stage of a
-// transposition.
-template <int STEP, int... LANE>
-void swap_lanes(Vec& a, Vec& b, std::integer_sequence<int, LANE...>) {
-  Vec low = __builtin_shufflevector(a, b, (LANE & STEP ? VL + LANE - STEP : LANE)...);
-  b = __builtin_shufflevector(a, b, (LANE & STEP ? VL + LANE : LANE + STEP)...);
-  a = low;
-}
-
-template <int STEP>
-void transpose(Vec (&rows)[VL]) {
-  for (int i = 0; i < VL; i++)
-    if (!(i & STEP))
-      swap_lanes<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, VL>());
-  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
-}
-
 // Q^T scaled, and the rows' positions; lanes beyond the rows repeat the last one.
 template <class T>
 void load_queries(const Attention<T>& p, const Item& item, const State& s) {
@@ -214,7 +196,7 @@ void load_queries(const Attention<T>& p, const Item& item, const State& s) {
     for (; d + VL <= s.dim; d += VL) {
       Vec block[VL];
       for (int i = 0; i < VL; i++) block[i] = load(q[i] + d) * p.scale;
-      transpose<VL / 2>(block);
+      transpose(block);
       for (int i = 0; i < VL; i++) store(s.q + (d + i) * s.width + lane, block[i]);
     }
     for (; d < s.dim; d++)

@@ -1,9 +1,7 @@
 // torch.ops.xllm on CPU tensors: checks of the arguments, then the kernels.
 //
-// The only file that needs torch's large headers: they cost more compile time than all kernels.
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+// Only bindings need torch's large headers: they cost more compile time than all kernels.
+#include "bindings.h"
 
 #include <limits>
 
@@ -12,51 +10,6 @@
 #include "linear.h"
 
 namespace {
-
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-#define REQUIRE(condition, op, ...) TORCH_CHECK(condition, "xllm::", op, ": ", __VA_ARGS__)
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-template <class T>
-const T* data_or_null(const MaybeTensor& t) {
-  return t.has_value() ? data<T>(*t) : nullptr;
-}
-
-// The op's Python reference: float64 occurs only where a graph is verified.
-template <class... Arguments>
-torch::jit::Stack reference(const char* op, const Arguments&... arguments) {
-  auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(
-      (std::string("xllm::") + op).c_str(), "");
-  torch::jit::Stack stack;
-  (stack.emplace_back(arguments), ...);
-  handle.callBoxedForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd, stack);
-  return stack;
-}
-
-bool is_double(const Tensor& t) { return t.scalar_type() == at::kDouble; }
-
-// Call run(zero) with a zero of the tensor's element type.
-template <class Run>
-auto by_dtype(const char* op, const char* name, const Tensor& t, const Run& run) {
-  REQUIRE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, op, name, " is ",
-          t.scalar_type(), "; expected bfloat16, float32 or float64");
-  return t.scalar_type() == at::kBFloat16 ? run(xllm::bf16{}) : run(0.f);
-}
-
-// `name` has x's dtype and the sizes given; -1 takes any.
-void expect(const char* op, const char* name, const Tensor& t, at::ScalarType dtype,
-            at::IntArrayRef sizes) {
-  bool fits = t.dim() == int64_t(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); i++) fits = sizes[i] < 0 || t.size(i) == sizes[i];
-  REQUIRE(t.scalar_type() == dtype && fits, op, name, " is ", t.scalar_type(), t.sizes(),
-          "; expected ", dtype, sizes, " (-1: any)");
-}
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                      int64_t rows) {
@@ -112,16 +65,6 @@ xllm::Cache<T> view_cache(const char* op, const Tensor& cache) {
           cache.stride(0)};
 }
 
-Tensor check_slots(const char* op, const Tensor& slots, const Tensor& cache, int64_t tokens) {
-  expect(op, "slot_mapping", slots, at::kLong, {tokens});
-  Tensor result = slots.contiguous();
-  int64_t limit = cache.size(0) * cache.size(3);
-  for (int64_t i = 0; i < tokens; i++)
-    REQUIRE(data<int64_t>(result)[i] >= 0 && data<int64_t>(result)[i] < limit, op,
-            "slot_mapping contains ", data<int64_t>(result)[i], "; expected 0 to ", limit - 1);
-  return result;
-}
-
 void kv_write(const Tensor& k, const Tensor& v, Tensor kv_cache, const Tensor& slot_mapping) {
   const char* op = "kv_write";
   if (is_double(k)) return void(reference(op, k, v, kv_cache, slot_mapping));
@@ -133,7 +76,7 @@ void kv_write(const Tensor& k, const Tensor& v, Tensor kv_cache, const Tensor& s
     auto dense = [](const Tensor& t) {
       return t.size(0) < 1 || t[0].is_contiguous() ? t : t.contiguous();
     };
-    Tensor slots = check_slots(op, slot_mapping, kv_cache, k.size(0));
+    Tensor slots = check_slots(op, slot_mapping, cache.pages * cache.page_size, k.size(0));
     Tensor keys = dense(k), values = dense(v);
     xllm::kv_write<T>({data<T>(keys), data<T>(values), keys.stride(0), values.stride(0), cache,
                        data<int64_t>(slots), k.size(0)});
@@ -162,7 +105,7 @@ Tensor qk_norm_rope_kv_write(const Tensor& qkv, const MaybeTensor& q_norm,
     if (q_norm) expect(op, "q_norm", *q_norm, dtype, {dim});
     if (k_norm) expect(op, "k_norm", *k_norm, dtype, {dim});
     Tensor rows = qkv.stride(1) == 1 ? qkv : qkv.contiguous();
-    Tensor slots = check_slots(op, slot_mapping, kv_cache, tokens);
+    Tensor slots = check_slots(op, slot_mapping, cache.pages * cache.page_size, tokens);
     Tensor cosines = cos.contiguous(), sines = sin.contiguous();
     Tensor out = at::empty({tokens, heads, dim}, qkv.options());
     xllm::qk_norm_rope_kv_write<T>(
@@ -171,27 +114,6 @@ Tensor qk_norm_rope_kv_write(const Tensor& qkv, const MaybeTensor& q_norm,
          data<int64_t>(slots), tokens});
     return out;
   });
-}
-
-// Every index that the kernel follows is in range: a wrong one must not read foreign memory.
-template <class T>
-void check_batch(const char* op, const xllm::Attention<T>& p) {
-  int32_t before = p.starts[0];
-  REQUIRE(before >= 0, op, "query_start_loc starts at ", before, "; expected 0 or more");
-  for (int64_t s = 0; s < p.sequences; s++) {
-    int64_t count = p.new_tokens(s), length = p.lengths[s];
-    REQUIRE(count >= 0 && p.starts[s + 1] <= p.tokens, op, "query_start_loc goes from ",
-            p.starts[s], " to ", p.starts[s + 1], "; expected ascending, at most ", p.tokens);
-    if (count == 0) continue;
-    int64_t pages = xllm::divide_up(length, p.cache.page_size);
-    REQUIRE(length >= count && pages <= p.table_width, op, "seq_lens contains ", length,
-            "; expected ", count, " to ", p.table_width * p.cache.page_size);
-    for (int64_t i = 0; i < pages; i++) {
-      int64_t page = p.table[s * p.table_width + i];
-      REQUIRE(page >= 0 && page < p.cache.pages, op, "block_table contains page ", page,
-              "; expected 0 to ", p.cache.pages - 1);
-    }
-  }
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,

@@ -86,9 +86,17 @@ def type_nodes(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+def _size(graph: fx.Graph, size: torch.SymInt) -> fx.Node:
+    """A node that reads ``size`` from a placeholder."""
+    node, dim = next((n, i) for n in graph.find_nodes(op="placeholder")
+                     for i, s in enumerate(n.meta["val"].shape) if str(s) == str(size))
+    return graph.call_function(aten.sym_size.int, (node, dim))
+
+
 def build(function: Callable[..., object], arguments: dict[str, object],
           weights: tuple[str, ...] = ()) -> fx.GraphModule:
-    """The graph of ``function``; tensors become placeholders, everything else stays literal.
+    """The graph of ``function``; tensors become placeholders, symbolic sizes are read from the
+    first that has them, everything else stays literal.
 
     Placeholders named in ``weights`` are bound as parameters, the others as constants.
     """
@@ -101,6 +109,8 @@ def build(function: Callable[..., object], arguments: dict[str, object],
             node.meta = {"val": value, "bind": Weight(Leaf(name + ".weight")) if name in weights
                          else Constant(name)}
             value = fx.Proxy(node, tracer)
+        elif isinstance(value, torch.SymInt):
+            value = fx.Proxy(_size(graph, value), tracer)
         bound[name] = value
     result = function(**bound)
     values = result if isinstance(result, (tuple, list)) else (result,)
@@ -159,9 +169,11 @@ def targets(gm: fx.GraphModule) -> list[object]:
     return [node.target for node in gm.graph.nodes if node.op == "call_function"]
 
 
-FACTS = ModelFacts("Test", num_layers=1, num_norms=1, num_gated_mlps=1, num_qkv=1, qk_norm=False,
-                   tied_embeddings=False, hidden_size=32, vocab_size=96, context_length=512,
-                   num_even_linears=3)
+FACTS = ModelFacts(
+    "Test", num_layers=1, norms=("norm",), num_residual_norms=1, num_gated_mlps=1, num_moe_layers=1,
+    num_even_expert_weights=2, num_latent_attentions=0, num_rotations=2, num_fused_qkv=1,
+    num_even_linears=3, num_linear_groups=2, num_grouped_linears=5, linears=(),
+    tied_embeddings=False, hidden_size=32, vocab_size=96, context_length=512)
 
 
 def context(dtype: torch.dtype = torch.float32, facts: ModelFacts = FACTS,

@@ -52,8 +52,9 @@ def graph(entry: Entry, dtype: torch.dtype) -> fx.GraphModule:
 
 
 def call_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """Call nodes in order."""
-    return [n for n in gm.graph.nodes if n.op == "call_function"]
+    """Call nodes in order; not those that read a size."""
+    return [n for n in gm.graph.nodes
+            if n.op == "call_function" and n.target is not aten.sym_size.int]
 
 
 def results(value: object) -> list[object]:

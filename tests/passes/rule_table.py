@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
 
 import xllm.passes
 from tests.passes.pass_graphs import Maker, aten
@@ -175,6 +176,115 @@ def _next_qkv(result: object, arguments: Arguments) -> Arguments:
     return arguments | {"qkv": aten.cat.default([flat, rest], -1)}
 
 
+# --- routers of experts --------------------------------------------------------------------------
+
+def _router(make: Maker, rng: random.Random) -> Arguments:
+    return {"logits": make.randn(make.tokens, 8), "top_k": rng.choice([2, 4]), "ordered": True}
+
+
+def _biased(make: Maker, rng: random.Random) -> Arguments:
+    return _router(make, rng) | {"bias": make.randn(8)}
+
+
+def _in_groups(draw: Draw) -> Draw:
+    def grouped(make: Maker, rng: random.Random) -> Arguments:
+        groups, best = rng.choice([(4, 2), (2, 1)])
+        return draw(make, rng) | {"groups": [-1, groups, 8 // groups], "flat": [-1, 8],
+                                  "top_groups": best}
+
+    return grouped
+
+
+def _cast_router(make: Maker, rng: random.Random) -> Arguments:
+    return _router(make, rng) | {"dtype": make.dtype}
+
+
+def _given(draw: Draw, **values: object) -> Draw:
+    return lambda make, rng: draw(make, rng) | values
+
+
+def _routed(make: Maker, rng: random.Random) -> Arguments:
+    """Of a rule over ``xllm.moe_route`` itself."""
+    return {"logits": make.randn(make.tokens, 8), "bias": make.randn(8), "top_k": 4,
+            "scoring": "sigmoid", "groups": [4, 2]}
+
+
+def _with_numbers(make: Maker, rng: random.Random) -> Arguments:
+    return _routed(make, rng) | {"normalise": True, "eps": 1e-2, "scale": 2.5}
+
+
+def _next_logits(result: object, arguments: Arguments) -> Arguments:
+    """The weights, side by side until there are as many as experts."""
+    copies = aten.cat.default([result[0]] * (8 // arguments["top_k"]), 1)
+    wanted = arguments["logits"]
+    dtype = wanted.node.meta["val"].dtype if isinstance(wanted, fx.Proxy) else wanted.dtype
+    return arguments | {"logits": aten.to.dtype(copies, dtype)}
+
+
+def _router_entries(found: dict[str, Rewrite]) -> dict[str, Entry]:
+    name = "recognise_moe_route."
+    narrow = (torch.float32,)
+    drawn: dict[str, tuple[Draw, tuple[Draw, ...], tuple[torch.dtype, ...]]] = {
+        "softmax": (_router, (), DTYPES),
+        "softmax_float32": (_router, (), narrow),
+        "softmax_after_top_k": (_cast_router, (), DTYPES),
+        "sigmoid": (_biased, (_one_bias,), narrow),
+        "sigmoid_in_groups": (_in_groups(_biased), (
+            _in_groups(_one_bias), _half_the_experts(_biased)), narrow),
+        "softmax_in_groups": (_in_groups(_router), (
+            _half_the_experts(_router), _given(_in_groups(_router), flat=[-1, 1, 8])), DTYPES),
+        "normalised": (_routed, (), DTYPES),
+        "normalised_with_eps": (_given(_routed, eps=1e-2), (), DTYPES),
+        "scaled": (_with_numbers, (_given(_with_numbers, scale=2),), DTYPES),
+        "cast": (_given(_with_numbers, dtype=torch.bfloat16), (), DTYPES),
+    }
+    return {name + rule: Entry(found[name + rule], draw, refused, _next_logits, dtypes)
+            for rule, (draw, refused, dtypes) in drawn.items()}
+
+
+def _one_bias(make: Maker, rng: random.Random) -> Arguments:
+    return _router(make, rng) | {"bias": make.randn(1)}
+
+
+def _half_the_experts(draw: Draw) -> Draw:
+    """Groups of two rows' experts together."""
+    return _given(_in_groups(draw), groups=[-1, 2, 2], top_groups=1)
+
+
+# --- latent attention ----------------------------------------------------------------------------
+
+def _latent(make: Maker, rng: random.Random) -> Arguments:
+    heads, nope, rope, value, rank = rng.choice([(4, 8, 4, 8, 16), (2, 4, 2, 6, 8)])
+    both, key, tokens = nope + value, nope + rope, make.tokens
+    return {"q": make.randn(1, tokens, heads, key), "k_rope": make.randn(1, 1, tokens, rope),
+            "latent": make.randn(1, 1, tokens, rank), "weight": make.randn(heads * both, rank),
+            "heads": heads, "both": both, "nope": nope, "value": value, "tokens": tokens,
+            "key": key, "scale": 0.3}
+
+
+def _more_query_heads(make: Maker, rng: random.Random) -> Arguments:
+    """Two query heads for each head of keys."""
+    arguments = _latent(make, rng)
+    heads, key = arguments["heads"], arguments["key"]
+    return arguments | {"q": make.randn(1, make.tokens, 2 * heads, key)}
+
+
+def _one_rotated_value(make: Maker, rng: random.Random) -> Arguments:
+    """One number for all rotated features of a key."""
+    return _latent(make, rng) | {"k_rope": make.randn(1, 1, make.tokens, 1)}
+
+
+def _one_rotated_key(make: Maker, rng: random.Random) -> Arguments:
+    """One rotated key for all tokens."""
+    arguments = _latent(make, rng)
+    return arguments | {"k_rope": make.randn(1, 1, 1, arguments["key"] - arguments["nope"])}
+
+
+def _next_q(result: object, arguments: Arguments) -> Arguments:
+    wide = aten.cat.default([result, result], -1)
+    return arguments | {"q": aten.slice.Tensor(wide, 3, 0, arguments["key"])}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 def _entries() -> dict[str, Entry]:
@@ -188,6 +298,9 @@ def _entries() -> dict[str, Entry]:
     write = Entry(found["fuse_qk_norm_rope_kv_write.without_norm"], _write, (_fewer_groups,),
                   _next_qkv)
     table = {
+        "absorb_mla.expanded": Entry(
+            found["absorb_mla.expanded"], _latent,
+            (_more_query_heads, _one_rotated_value, _one_rotated_key), _next_q),
         "recognise_rms_norm.weight_first": norm,
         "recognise_rms_norm.weight_last": norm,
         "recognise_rms_norm.cast_weight_first": cast,
@@ -203,6 +316,7 @@ def _entries() -> dict[str, Entry]:
         "fuse_qk_norm_rope_kv_write.with_norm": replace(
             write, draw=_norm_write, refused=(_norm_fewer_groups,)),
     }
+    table |= _router_entries(found)
     return {name: replace(entry, rule=found[name]) for name, entry in table.items()
             if name in found}
 

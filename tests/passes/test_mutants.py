@@ -108,8 +108,9 @@ def guards(entry: Entry, dtype: torch.dtype) -> Iterator[Mutant]:
         patch.setattr(owner, name, lambda *_: True)
         return _Undo(patch)
 
-    without_when = replace(entry, rule=Rewrite(entry.rule.before, entry.rule.after))
-    yield "no ``when``", without_when, nullcontext(), check_refused
+    if entry.rule.when is not Rewrite.when:
+        without_when = replace(entry, rule=Rewrite(entry.rule.before, entry.rule.after))
+        yield "no ``when``", without_when, nullcontext(), check_refused
     if len(entry.rule.outputs) < len(call_nodes(graph(entry, dtype))):  # there are inner nodes
         yield "no second-user guard", entry, patched(Rewrite, "_alone"), check_second_user
     yield "no mutation guard", entry, patched(rewrite, "_undisturbed"), check_mutation

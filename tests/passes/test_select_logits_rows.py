@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 
 from tests.passes.pass_graphs import (
     R,
@@ -16,6 +16,7 @@ from tests.passes.pass_graphs import (
     context,
     execute_bound,
     fake,
+    program_of,
     targets,
 )
 from xllm.passes.select_logits_rows import select_logits_rows
@@ -27,19 +28,47 @@ def head(x: Tensor, head: Tensor) -> Tensor:
     return aten.linear.default(x, head)
 
 
+def capped(x: Tensor, head: Tensor) -> Tensor:
+    """Logits with a scale and a soft cap."""
+    scaled = aten.div.Tensor(aten.linear.default(x, head), 3.0)
+    return aten.mul.Tensor(aten.tanh.default(scaled), 3.0)
+
+
+def select(gm: fx.GraphModule) -> int:
+    """Run the pass on a program of one piece."""
+    ctx = context()
+    return select_logits_rows(program_of(gm, ctx), ctx)
+
+
 def test_hit() -> None:
-    gm = build(head, ARGUMENTS, ("head",))
-    assert select_logits_rows(gm, context()) == 1
+    gm, ctx = build(head, ARGUMENTS, ("head",)), context()
+    program = program_of(gm, ctx)
+    assert select_logits_rows(program, ctx) == 1
     assert targets(clean(gm)) == [aten.squeeze.dim, aten.index_select.default,
-                                  aten.linear.default, aten.to.dtype]
-    logits = next(n for n in gm.graph.nodes if n.op == "output").args[0][0].meta["val"]
+                                  aten.linear.default, aten.to.dtype, aten.to.dtype]
+    assert program.schedule[0].outputs == ("logits", "hidden")
+    (output,) = gm.graph.find_nodes(op="output")
+    logits, hidden = (node.meta["val"] for node in output.args[0])
     assert (logits.dtype, logits.shape) == (torch.float32, (R, 5))
+    assert (hidden.dtype, hidden.shape) == (torch.float32, (R, 8))
+
+
+def test_hit_behind_a_soft_cap() -> None:
+    gm = build(capped, ARGUMENTS, ("head",))
+    assert select(gm) == 1
+    (output,) = clean(gm).graph.find_nodes(op="output")
+    assert [node.meta["val"].shape for node in output.args[0]] == [(R, 5), (R, 8)]
+    assert targets(gm)[2:6] == [aten.linear.default, aten.div.Tensor, aten.tanh.default,
+                                aten.mul.Tensor]
 
 
 def test_miss_no_linear_at_the_end() -> None:
-    gm = build(lambda x, head: aten.tanh.default(aten.linear.default(x, head)), ARGUMENTS,
-               ("head",))
-    assert select_logits_rows(gm, context()) == 0
+    def summed(x: Tensor, head: Tensor) -> Tensor:
+        logits = aten.linear.default(x, head)
+        return aten.mul.Tensor(logits, aten.tanh.default(logits))
+
+    for model in (summed, lambda x, head: aten.sin.default(aten.linear.default(x, head))):
+        assert select(build(model, ARGUMENTS, ("head",))) == 0
 
 
 def test_second_user_of_the_logits() -> None:
@@ -49,7 +78,7 @@ def test_second_user_of_the_logits() -> None:
 
     gm = build(used, ARGUMENTS, ("head",))
     before = targets(gm)
-    assert select_logits_rows(gm, context()) == 0 and targets(gm) == before
+    assert select(gm) == 0 and targets(gm) == before
 
 
 def test_chain_a_linear_before_the_head_keeps_all_rows() -> None:
@@ -57,7 +86,7 @@ def test_chain_a_linear_before_the_head_keeps_all_rows() -> None:
         return aten.linear.default(aten.linear.default(x, inner), head)
 
     gm = build(two, ARGUMENTS | {"inner": fake((8, 8), torch.bfloat16)}, ("head", "inner"))
-    assert select_logits_rows(gm, context()) == 1
+    assert select(gm) == 1
     first = next(n for n in clean(gm).graph.nodes if n.target is aten.linear.default)
     assert first.meta["val"].shape == (1, T, 8)
 
@@ -69,8 +98,10 @@ def test_values(tokens: int, seed: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = {"x": torch.randn((1, tokens, 8), generator=generator),
               "head": torch.randn((5, 8), generator=generator), "logits_rows": rows}
-    gm = build(head, {"x": fake((1, T, 8)), "head": fake((5, 8))}, ("head",))
-    (want,) = execute_bound(gm, values)
-    select_logits_rows(gm, context())
-    (got,) = execute_bound(clean(gm), values)
-    torch.testing.assert_close(got, want[0, rows], rtol=1e-6, atol=1e-6)
+    for model in (head, capped):
+        gm = build(model, {"x": fake((1, T, 8)), "head": fake((5, 8))}, ("head",))
+        (want,) = execute_bound(gm, values)
+        select(gm)
+        got, hidden = execute_bound(clean(gm), values)
+        torch.testing.assert_close(got, want[0, rows], rtol=1e-6, atol=1e-6)
+        assert torch.equal(hidden, values["x"][0, rows])

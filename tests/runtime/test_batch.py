@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from xllm.runtime.batch import Chunk, build_batch
-from xllm.runtime.request import Request
+from xllm.runtime.request import Image, Images, Request
 from xllm.runtime.sampling_params import SamplingParams
 
 
@@ -33,3 +35,22 @@ def test_tables_are_cut_to_the_tokens_and_copied() -> None:
     assert batch.block_tables == [[7, 8]] and batch.logits_rows == [2]
     held.block_table.clear()
     assert batch.block_tables == [[7, 8]]
+
+
+def test_image_tokens_are_numbered_over_the_chunks() -> None:
+    def image(start: int, count: int) -> Image:
+        return Image(torch.zeros(0), (1, 2, 2 * count), start, count, b"")
+
+    first = Images((image(1, 3), image(5, 2)), [(i, 10 + i, 20 + i) for i in range(8)], -4)
+    seeing, other = request([0] * 10, [1, 2, 3]), request([0] * 4, [4])
+    seeing.images = first
+    chunks = [Chunk(seeing, 2, 4, samples=False), Chunk(other, 1, 2, samples=False)]
+    batch = build_batch(chunks, page_size=4)
+    assert batch.image_rows == [0, 1, -1, 2, -1, -1]
+    assert batch.mrope_positions == [(2, 12, 22), (3, 13, 23), (4, 14, 24), (5, 15, 25),
+                                     (1, 1, 1), (2, 2, 2)]
+    assert [part[1:] for part in chunks[0].image_parts()] == [(1, 3), (0, 1)]
+    behind = build_batch([Chunk(seeing, 7, 3, samples=True)], page_size=4)
+    assert behind.mrope_positions == [(7, 17, 27), (4, 4, 4), (5, 5, 5)]
+    assert behind.image_rows == [-1] * 3
+    assert build_batch(chunks[1:], page_size=4).mrope_positions == []

@@ -20,7 +20,7 @@ from xllm.runtime.engine import Engine, EngineDeadError
 from xllm.runtime.fake import FakeExecutor, FakeLaunched, hashed_model
 from xllm.runtime.outputs import Delta, FinishReason
 from xllm.runtime.request import InvariantError
-from xllm.runtime.sampling_params import RequestError, SamplingParams
+from xllm.runtime.sampling_params import PoolingParams, RequestError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -105,6 +105,24 @@ def test_a_row_that_cannot_be_sampled_fails_its_request_only(make_engine: MakeEn
     (failed,) = [delta for delta in deltas if delta.request_id == "bad"]
     assert failed.finish_reason is FinishReason.ERROR and "not finite" in str(failed.error)
     assert len(tokens(deltas, "good")) == 8 and engine.healthy
+
+
+def test_a_vector_that_is_not_finite_fails_its_request_only(make_engine: MakeEngine) -> None:
+    good = hashed_model(VOCAB_SIZE)
+
+    def model(history: Sequence[int]) -> torch.Tensor:
+        return good(history) * (torch.nan if history[0] == 66 else 1.0)
+
+    engine = make_engine(model)
+    for name, first, params in (
+            ("hidden", 66, PoolingParams()), ("logits", 66, PoolingParams((3,))),
+            ("good", 65, PoolingParams((5, 4)))):
+        engine.submit(name, [first, 1], params)
+    ends = {delta.request_id: delta for delta in drain(engine)}
+    for name in ("hidden", "logits"):
+        assert ends[name].finish_reason is FinishReason.ERROR
+        assert "not finite" in str(ends[name].error) and ends[name].vector is None
+    assert torch.equal(ends["good"].vector, good([65, 1])[[5, 4]])
 
 
 class Broken(FakeExecutor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -18,9 +19,9 @@ from hypothesis.stateful import (
 from tests.runtime.runtime_types import Reference
 from xllm.runtime.engine import Engine
 from xllm.runtime.executor import Limits
-from xllm.runtime.fake import FakeExecutor, hashed_model
+from xllm.runtime.fake import HIDDEN, FakeExecutor, hashed_model
 from xllm.runtime.outputs import CompletionOutput, FinishReason
-from xllm.runtime.sampling_params import SamplingParams
+from xllm.runtime.sampling_params import Params, PoolingParams, SamplingParams
 
 VOCAB, EOS = 13, 12
 MODEL = hashed_model(VOCAB)
@@ -33,6 +34,7 @@ PARAMS = st.builds(
     stop_token_ids=st.lists(st.integers(0, EOS), max_size=1),
     ignore_eos=st.booleans(),
 )
+POOLING = st.builds(PoolingParams, st.sampled_from([(), (3, 1)]))
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -46,14 +48,14 @@ class EngineMachine(RuleBasedStateMachine):
     def build(self, max_sequences: int, spare_tokens: int, page_size: int, pages: int) -> None:
         limits = Limits(max_sequences + spare_tokens, max_sequences, 40, page_size, pages, VOCAB)
         self.engine = Engine(FakeExecutor(limits, MODEL), {EOS})
-        self.prompts: dict[str, tuple[list[int], SamplingParams]] = {}
+        self.prompts: dict[str, tuple[list[int], Params]] = {}
         self.outputs: dict[str, CompletionOutput] = {}
 
     @rule(target=requests, length=st.integers(1, 30), start=st.integers(0, VOCAB - 1),
-          params=PARAMS)
-    def submit(self, length: int, start: int, params: SamplingParams) -> str:
+          params=PARAMS | POOLING)
+    def submit(self, length: int, start: int, params: Params) -> str:
         name = f"r{len(self.prompts)}"
-        length = min(length, self.engine.context_length - 1)
+        length = min(length, self.engine.context_length - (params.max_tokens != 0))
         prompt = [(start + i * i) % VOCAB for i in range(length)]
         self.engine.submit(name, prompt, params)
         self.prompts[name] = prompt, params
@@ -90,12 +92,25 @@ class EngineMachine(RuleBasedStateMachine):
 
     def compare(self, name: str, output: CompletionOutput) -> None:
         prompt, params = self.prompts[name]
+        if isinstance(params, PoolingParams):
+            self.compare_vector(prompt, params, output)
+            return
         context = self.engine.context_length
         expected = type(self).reference(MODEL, prompt, params, {EOS}, context)
         if output.finish_reason == FinishReason.ABORT:
             assert output.token_ids == expected[: len(output.token_ids)]
         else:
             assert output.token_ids == expected
+
+    def compare_vector(
+        self, prompt: list[int], params: PoolingParams, output: CompletionOutput
+    ) -> None:
+        assert output.token_ids == []
+        if output.finish_reason == FinishReason.STOP:
+            wanted = list(params.token_ids) or list(range(HIDDEN))
+            assert torch.equal(output.vector, MODEL(prompt)[wanted])
+        else:
+            assert output.finish_reason == FinishReason.ABORT and output.vector is None
 
 
 def run(reference: Reference, examples: int) -> None:

@@ -103,7 +103,7 @@ def _on_cpu(gm: fx.GraphModule) -> None:
 
 def _dynamic(node: fx.Node, dims: dict[str, torch.export.Dim],
              symbols: dict[str, str]) -> dict[int, object]:
-    """``dynamic_shapes`` of one placeholder: axis → Dim, or Dim + 1 for offset arrays."""
+    """``dynamic_shapes`` of one placeholder: axis → Dim, a multiple of it, or it plus a number."""
     found: dict[int, object] = {}
     for axis, size in enumerate(node.meta["val"].shape):
         if isinstance(size, int):
@@ -111,6 +111,7 @@ def _dynamic(node: fx.Node, dims: dict[str, torch.export.Dim],
         (symbol,) = size.node.expr.free_symbols
         name = symbols[str(symbol)]
         if name in dims:
-            extra = int(size.node.expr.subs(symbol, 0))
-            found[axis] = dims[name] + extra if extra else dims[name]
+            factor, extra = int(size.node.expr.coeff(symbol)), int(size.node.expr.subs(symbol, 0))
+            found[axis] = dims[name] if factor == 1 else factor * dims[name]
+            found[axis] = found[axis] + extra if extra else found[axis]
     return found

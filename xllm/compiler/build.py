@@ -15,17 +15,32 @@ from xllm.artifact import Artifact, ArtifactWriter, cache_dir
 from xllm.backends import BackendError, BuildOptions, find_backend
 from xllm.checkpoint import Checkpoint, CheckpointError
 from xllm.compiler import report
-from xllm.compiler.capture import capture
-from xllm.compiler.manifest import bucket_table, describe, resolved_recipes, timings
-from xllm.compiler.pipeline import PIPELINE
+from xllm.compiler.capture import build_meta_model, capture, capture_encoder
+from xllm.compiler.manifest import (
+    bucket_table,
+    describe,
+    describe_graph,
+    resolved_recipes,
+    timings,
+    weight_bytes,
+)
+from xllm.compiler.pipeline import ENCODE_PIPELINE, PIPELINE
 from xllm.compiler.plan import Plan
 from xllm.compiler.runner import PassRecord, run_pipeline, symbol_names
+from xllm.compiler.sources import check_tied, sources
 from xllm.compiler.verify import Checker
-from xllm.graph import Program, Weight, placeholders
+from xllm.compiler.weight_classes import weight_classes
+from xllm.graph import Program
 from xllm.kernels import build as kernels
-from xllm.passes.core import ModelFacts, PassContext
+from xllm.passes import keep_quantized
+from xllm.passes.core import ModelFacts, Pass, PassContext
 from xllm.progress import Reporter
+from xllm.quantized_layouts import expand
 from xllm.serialize import graph_to_json
+from xllm.vision import sees_images
+from xllm.weights import Recipe
+
+MAX_IMAGE_TOKENS = 1 << 16  # of the images that are encoded at once
 
 
 def compile_model(planned: Plan, reporter: Reporter, dump: Path | None = None,
@@ -35,15 +50,23 @@ def compile_model(planned: Plan, reporter: Reporter, dump: Path | None = None,
                  f"({planned.backend}, {planned.dtype}) into {planned.destination}")
     with reporter.phase("capture"):
         program, facts = capture(planned.checkpoint.config, planned.dtype)
-        check_weights(program, planned.checkpoint)
-    records = run_passes(planned, program, facts, reporter, verify)
+        recipes = find_sources(planned, reporter)
+        check_weights(program, planned.checkpoint, recipes)
+    records = run_passes(planned, program, facts, recipes, reporter, verify)
     if dump:
         report.dump(records, dump)
     writer = ArtifactWriter(planned.destination)
     try:
         manifest = build_blobs(planned, program, facts, writer, reporter)
         manifest |= describe(planned, program, facts, records)
-        write_graphs(program, records, writer)
+        manifest["weights"] = weight_classes(program, recipes, planned.checkpoint.tensors)
+        write_graphs(program, records, recipes, writer)
+        if sees_images(planned.checkpoint.config):
+            encode, passes = build_encoder(planned, recipes, writer, reporter, verify)
+            manifest["encode"] = encode
+            manifest["memory"]["weight_bytes"] += encode["weight_bytes"]
+            page = report.html(passes, manifest | encode | timings(passes, reporter))
+            writer.text("report/encode.html", page)
         spent = timings(records, reporter)
         writer.text("report/index.html", report.html(records, manifest | spent))
         writer.commit(manifest, spent)
@@ -53,25 +76,59 @@ def compile_model(planned: Plan, reporter: Reporter, dump: Path | None = None,
     return Artifact(planned.destination)
 
 
-def run_passes(planned: Plan, program: Program, facts: ModelFacts, reporter: Reporter,
-               verify: bool) -> list[PassRecord]:
-    """Run the pipeline table on a captured program."""
+def build_encoder(planned: Plan, recipes: dict[str, Recipe], writer: ArtifactWriter,
+                  reporter: Reporter, verify: bool) -> tuple[dict, list[PassRecord]]:
+    """Compile the encode graph of a model that sees images: its part of the manifest, its passes.
+
+    Its files lie in folders ``encode`` beside those of the text graph.
+    """
+    with reporter.phase("capture encoder"):
+        program, facts = capture_encoder(planned.checkpoint.config, planned.dtype)
+        check_weights(program, planned.checkpoint, recipes)
+    records = run_passes(planned, program, facts, recipes, reporter, verify, ENCODE_PIPELINE)
+    sizes = dict.fromkeys("UBW", MAX_IMAGE_TOKENS)
+    blobs = compile_pieces(planned, program, sizes, {"symbolic": {}}, writer, reporter)
+    write_graphs(program, records, recipes, writer, "encode/")
+    return describe_graph(program, records) | {
+        "variants": blobs, "weight_bytes": weight_bytes(program),
+        "max_tokens": MAX_IMAGE_TOKENS}, records
+
+
+def run_passes(planned: Plan, program: Program, facts: ModelFacts, recipes: dict[str, Recipe],
+               reporter: Reporter, verify: bool, table: tuple[Pass, ...] = PIPELINE,
+               ) -> list[PassRecord]:
+    """Run a pipeline table on a captured program."""
+    stored = keep_quantized.formats(program, recipes, planned.target.kernels)
     ctx = PassContext(facts, planned.target, planned.dtype, planned.config.page_size,
-                      program.inputs)
-    with reporter.phase("passes", total=len(PIPELINE)) as phase:
-        check = Checker(program) if verify else None
-        return run_pipeline(program, ctx, PIPELINE, check, phase.step)
+                      program.inputs, stored)
+    with reporter.phase("passes", total=len(table)) as phase:
+        check = Checker(program, quantized=stored) if verify else None
+        return run_pipeline(program, ctx, table, check, phase.step)
 
 
-def check_weights(program: Program, checkpoint: Checkpoint) -> None:
-    """Every parameter of the graph must be in the checkpoint with its shape."""
-    (gm,) = program.pieces.values()
-    for node in placeholders(gm, Weight):
-        (name,) = weights.leaves(node.meta["bind"].recipe)
-        expected, found = tuple(node.meta["val"].shape), checkpoint.info(name).shape
-        if expected != found:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} has shape {list(found)}, "
-                                  f"config.json implies {list(expected)}")
+def find_sources(planned: Plan, reporter: Reporter) -> dict[str, Recipe]:
+    """What makes each of the model's parameters; says how much of the checkpoint is left over."""
+    checkpoint = planned.checkpoint
+    model = build_meta_model(checkpoint.config, planned.dtype)
+    config = checkpoint.config.to_dict().get("quantization_config")
+    tensors, stored = expand(checkpoint.tensors, config)
+    recipes = {name: weights.substitute(recipe, lambda leaf: stored.get(leaf, weights.Leaf(leaf)))
+               for name, recipe in sources(model, tensors).items()}
+    check_tied(model, recipes, checkpoint)
+    used = {name for recipe in recipes.values() for name in weights.leaves(recipe)}
+    left = sorted(checkpoint.tensors.keys() - used)
+    if left:
+        reporter.say(f"checkpoint: {len(left)} of {len(checkpoint.tensors)} tensors are no part of "
+                     f"the model, such as {left[0]}")
+    return recipes
+
+
+def check_weights(program: Program, checkpoint: Checkpoint, recipes: dict[str, Recipe]) -> None:
+    """Every parameter of the graph must be made of the checkpoint's tensors."""
+    for call in program.schedule:
+        for name in call.leaves.values():
+            if name not in recipes:
+                raise CheckpointError(f"{checkpoint.path} lacks the tensor {name}")
 
 
 def kernel_library(reporter: Reporter) -> Path:
@@ -92,15 +149,24 @@ def build_blobs(planned: Plan, program: Program, facts: ModelFacts, writer: Arti
                 reporter: Reporter) -> dict:
     """Compile every piece in every variant; returns the manifest's part about code."""
     config = planned.config
-    backend = find_backend(planned.backend)
     sizes = {"T": config.max_tokens, "S": config.max_sequences, "R": max(config.max_tokens, 2),
-             "M": -(-facts.context_length // config.page_size), "P": 1 << 24}
+             "M": -(-facts.context_length // config.page_size), "P": 1 << 24, "I": 1 << 20}
     static = planned.target.static_buckets if planned.backend != "eager" else ()
     variants = {"symbolic": {}} | {f"decode_{n}": dict.fromkeys("TSR", n) for n in static}
-    blobs: dict[str, dict[str, str]] = {}
     kernel_blobs = []
     if planned.backend != "eager":
         kernel_blobs.append(writer.blob(kernel_library(reporter)))
+    blobs = compile_pieces(planned, program, sizes, variants, writer, reporter)
+    return {"variants": blobs, "kernels": kernel_blobs,
+            "buckets": bucket_table(config, static)}
+
+
+def compile_pieces(planned: Plan, program: Program, sizes: dict[str, int],
+                   variants: dict[str, dict[str, int]], writer: ArtifactWriter,
+                   reporter: Reporter) -> dict[str, dict[str, str]]:
+    """Compile every piece in every variant (fixed sizes by symbol): variant → piece → blob."""
+    backend = find_backend(planned.backend)
+    blobs: dict[str, dict[str, str]] = {}
     total = len(variants) * len(program.pieces)
     gc.collect()
     gc.freeze()  # the captured model's objects would be walked again and again while compiling
@@ -114,16 +180,17 @@ def build_blobs(planned: Plan, program: Program, facts: ModelFacts, writer: Arti
                 backend.build(gm, options, out)
                 blobs.setdefault(variant, {})[piece] = writer.blob(out)
     gc.unfreeze()
-    return {"variants": blobs, "kernels": kernel_blobs,
-            "buckets": bucket_table(config, static)}
+    return blobs
 
 
-def write_graphs(program: Program, records: list[PassRecord], writer: ArtifactWriter) -> None:
+def write_graphs(program: Program, records: list[PassRecord], recipes: dict[str, Recipe],
+                 writer: ArtifactWriter, folder: str = "") -> None:
     """Readable graphs per pass, lowered graphs as JSON, recipe and constants."""
     for name, text in report.listings(records).items():
-        writer.text(f"graphs/{name}", text)
+        writer.text(f"graphs/{folder}{name}", text)
     for name, gm in program.pieces.items():
-        writer.text(f"graphs/lowered/{name}.json", json.dumps(graph_to_json(gm), indent=0))
-    writer.text("weights/recipe.json", json.dumps(resolved_recipes(program), indent=1))
-    (writer.path / "weights/constants.safetensors").write_bytes(
+        writer.text(f"graphs/{folder}lowered/{name}.json", json.dumps(graph_to_json(gm), indent=0))
+    resolved = resolved_recipes(program, recipes)
+    writer.text(f"weights/{folder}recipe.json", json.dumps(resolved, indent=1))
+    (writer.path / f"weights/{folder}constants.safetensors").write_bytes(
         save({k: v.contiguous() for k, v in program.constants.items()}))

@@ -6,22 +6,33 @@ as one ``xllm.attention`` node per layer because ``transformers`` lets us say so
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from xllm.compiler import interfaces
+from xllm.compiler.capture_vision import EncodeGraph, TextGraph
+from xllm.compiler.facts import facts_of
+from xllm.compiler.observe import Observer, observed
+from xllm.compiler.sources import keep_float32
 from xllm.errors import UserError
 from xllm.graph import INPUT_DIMS, INPUT_DTYPES, SYMBOLS, Call, Constant, Input, Program, Weight
 from xllm.passes.core import ModelFacts
+from xllm.vision import FAMILIES, sees_images
 from xllm.weights import Leaf
 
 #: Those whose frequencies are constants; longrope and dynamic choose them by the longest sequence
 #: of a batch, so that one request would change another's tokens.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+#: Model types that are a language model and more, around it.
+IMAGE_MODELS = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+                - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
 SAMPLE = {"T": 7, "S": 3, "M": 5, "R": 4, "P": 11, "S+1": 4}
 
 
@@ -32,9 +43,14 @@ class CaptureError(UserError, ValueError):
 class _Flat(nn.Module):
     """The model with the engine's inputs; the paged ones stay unused until page_attention."""
 
+    DIMS = INPUT_DIMS | {"pages": ("P",)}
+    RESULT = "logits"
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.config = model.config.get_text_config()
+        self.sizes: dict[str, int] = {}
 
     def forward(self, input_ids: Tensor, positions: Tensor, slot_mapping: Tensor,
                 block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor,
@@ -42,73 +58,80 @@ class _Flat(nn.Module):
         return self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
 
 
-@dataclass
-class _Where:
-    """Innermost module that was running, for error messages."""
-
-    path: list[str]
-
-    def attach(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            label = f"{name or 'model'} ({type(module).__name__})"
-            module.register_forward_pre_hook(lambda *_, label=label: self.path.append(label))
-            module.register_forward_hook(lambda *_: self.path.pop() and None)
+def rope_types(config: PretrainedConfig) -> list[str]:
+    """Kinds of rotary embedding that a configuration names, one per type of layer."""
+    parameters = config.to_dict().get("rope_parameters") or {}
+    by_layer = [p for p in parameters.values() if isinstance(p, dict)]
+    return [p.get("rope_type", "default") for p in by_layer or [parameters]]
 
 
 def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, with rotary frequencies real; raises :class:`CaptureError`."""
     kind = config.model_type
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    auto = AutoModelForImageTextToText if kind in IMAGE_MODELS else AutoModelForCausalLM
+    remote = not type(config).__module__.startswith("transformers.")  # loaded if trusted only
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | IMAGE_MODELS and not remote:
         raise CaptureError(f"config.json: model_type {kind!r} is no causal language model that "
                            "transformers knows")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise CaptureError(f"config.json: rope_type {rope!r} is not supported; "
-                           f"supported: {', '.join(ROPE_TYPES)}")
+    for rope in rope_types(config.get_text_config()):
+        if rope not in ROPE_TYPES:
+            raise CaptureError(f"config.json: rope_type {rope!r} is not supported; "
+                               f"supported: {', '.join(ROPE_TYPES)}")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto.from_config(
                 config, dtype=dtype, attn_implementation=interfaces.NAME,
-                experts_implementation=interfaces.NAME)
+                experts_implementation=interfaces.NAME, trust_remote_code=remote)
     except Exception as error:
         raise CaptureError(f"config.json: {kind} cannot be built from it: "
                            f"{type(error).__name__}: {error}") from error
     model.eval()
+    keep_float32(model, dtype)
     interfaces.prepare_experts(model)
-    for name, module in list(model.named_modules()):
-        if module._non_persistent_buffers_set:  # lost on meta: make the owning module again
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, type(module)(config))
+    _restore_buffers(model)
     return model
 
 
-def facts_of(model: nn.Module, config: PretrainedConfig) -> ModelFacts:
-    """What the module tree and configuration say, for the passes' expected counts."""
-    children = {name: dict(module.named_children()) for name, module in model.named_modules()}
-    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
-    return ModelFacts(
-        architecture=type(model).__name__,
-        num_layers=config.num_hidden_layers,
-        num_norms=len(norms),
-        num_gated_mlps=sum({"gate_proj", "up_proj"} <= c.keys() for c in children.values()),
-        num_qkv=sum({"q_proj", "k_proj", "v_proj"} <= c.keys() for c in children.values()),
-        qk_norm=any("q_norm" in c for c in children.values()),
-        tied_embeddings=bool(config.tie_word_embeddings),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        num_even_linears=sum(isinstance(m, nn.Linear) and m.in_features % 2 == 0
-                             for m in model.modules()),
-    )
+def _restore_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies, embedding scales)."""
+    for module in model.modules():
+        lost = {name: b for name, b in module.named_buffers(recurse=False)
+                if name in module._non_persistent_buffers_set}
+        for name, buffer in lost.items():
+            empty = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+            module.register_buffer(name, empty, persistent=False)
+        if lost:
+            with torch.no_grad():
+                model._init_weights(module)
 
 
 def capture(config: PretrainedConfig, dtype: torch.dtype) -> tuple[Program, ModelFacts]:
-    """Export the model of ``config``; one piece ``model``, level *captured*."""
+    """Export the model of ``config``; one piece ``model``, level *captured*.
+
+    Of a model that sees images, the language model; :func:`capture_encoder` has the rest.
+    """
     model = build_meta_model(config, dtype)
-    facts = facts_of(model, config)
-    exported = _export(model)
+    if config.model_type not in IMAGE_MODELS:
+        return _capture(_Flat(model), dtype)
+    text = _capture(TextGraph(model), dtype)  # if this fails, it is the module that matters most
+    if not sees_images(config):
+        raise CaptureError(f"config.json: the vision part of model_type {config.model_type!r} is "
+                           f"not supported; model types whose is: {', '.join(FAMILIES)}")
+    return text
+
+
+def capture_encoder(config: PretrainedConfig, dtype: torch.dtype) -> tuple[Program, ModelFacts]:
+    """The encode graph of a model that sees images, as :func:`capture`."""
+    return _capture(EncodeGraph(build_meta_model(copy.deepcopy(config), dtype)), dtype)
+
+
+def _capture(entry: _Flat | TextGraph | EncodeGraph,
+             dtype: torch.dtype) -> tuple[Program, ModelFacts]:
+    model = entry.model
+    exported, observer = _export(entry, dtype)
+    facts = facts_of(model, entry.config, observer)
     gm = exported.graph_module
-    fake_mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if n.name == "input_ids")
+    fake_mode = next(iter(gm.graph.nodes)).meta["val"].fake_mode
     constants = {name.removeprefix("model."): tensor
                  for name, tensor in {**exported.constants, **exported.state_dict}.items()
                  if not tensor.is_meta}
@@ -120,7 +143,7 @@ def capture(config: PretrainedConfig, dtype: torch.dtype) -> tuple[Program, Mode
     program.constants = {k: v for k, v in constants.items() if k in used}
     leaves = {leaf: leaf for n in plain.graph.nodes if n.op == "placeholder"
               and isinstance(n.meta["bind"], Weight) for leaf in [n.meta["bind"].recipe.name]}
-    program.schedule = [Call("model", leaves=leaves)]
+    program.schedule = [Call("model", leaves=leaves, outputs=(entry.RESULT,))]
     return program, facts
 
 
@@ -130,27 +153,36 @@ def tied_name(model: nn.Module) -> dict[str, str]:
     return dict(tied)
 
 
-def _export(model: nn.Module) -> torch.export.ExportedProgram:
+def _export(entry: _Flat | TextGraph | EncodeGraph,
+            dtype: torch.dtype) -> tuple[torch.export.ExportedProgram, Observer]:
+    model, sizes = entry.model, SAMPLE | entry.sizes
     dims = {name: torch.export.Dim("dim_" + name, min=1, max=1 << 20) for name in SYMBOLS}
     dims["S+1"] = dims["S"] + 1
-    shapes = {**INPUT_DIMS, "pages": ("P",)}
+    if "patches" in sizes:
+        dims["patches"] = sizes["patches"] // sizes["U"] * dims["U"]
+    dtypes = INPUT_DTYPES | {"pages": torch.int64, "image_embeds": dtype}
     args = {
-        name: torch.zeros([SAMPLE.get(d, d) for d in shape], device="meta",
-                          dtype=INPUT_DTYPES.get(name, torch.int64))
-        for name, shape in shapes.items()
+        name: torch.zeros([sizes.get(d, d) for d in shape], device="meta", dtype=dtypes[name])
+        for name, shape in entry.DIMS.items()
     }
-    dynamic = {name: {i: dims[d] for i, d in enumerate(shape) if d != 1}
-               for name, shape in shapes.items()}
-    where = _Where([])
-    where.attach(model)
-    try:
-        with torch.no_grad():
-            return torch.export.export(_Flat(model), (), args, dynamic_shapes=dynamic, strict=False)
-    except Exception as error:
-        module = where.path[-1] if where.path else type(model).__name__
-        reason = str(error).strip().splitlines()[0]
-        raise CaptureError(f"{type(model).__name__}: module {module} cannot be captured: {reason}"
-                           ) from error
+    dynamic = {name: {i: dims[d] for i, d in enumerate(shape) if d in dims}
+               for name, shape in entry.DIMS.items()}
+    with observed(model) as observer:
+        try:
+            with torch.no_grad():
+                return torch.export.export(entry, (), args, dynamic_shapes=dynamic,
+                                           strict=False), observer
+        except Exception as error:
+            raise CaptureError(_why(model, observer, error)) from error
+
+
+def _why(model: nn.Module, observer: Observer, error: Exception) -> str:
+    """One line: the module that cannot be captured, and the reason."""
+    reason = str(error).strip().splitlines()[0]
+    if "Constraints violated" in reason and observer.guards:
+        return (f"{type(model).__name__}: module {observer.guards[0]} cannot be captured: its code "
+                "depends on the number of tokens (chunked or recurrent attention)")
+    return f"{type(model).__name__}: module {observer.where()} cannot be captured: {reason}"
 
 
 def _bind(gm: fx.GraphModule, exported: torch.export.ExportedProgram, fake_mode: object,
@@ -164,7 +196,7 @@ def _bind(gm: fx.GraphModule, exported: torch.export.ExportedProgram, fake_mode:
         if spec.kind is kinds.USER_INPUT:
             inputs[node.name] = node.meta["val"]
             node.meta["bind"] = Input(node.name)
-        elif spec.kind is kinds.PARAMETER:
+        elif spec.kind is kinds.PARAMETER or (spec.kind is kinds.BUFFER and spec.persistent):
             name = spec.target.removeprefix("model.")
             node.meta["bind"] = Weight(Leaf(tied.get(name, name)))
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from xllm import weights
@@ -11,7 +13,9 @@ from xllm.config import CompileConfig
 from xllm.graph import SYMBOLS, Program, State, Weight, placeholders
 from xllm.passes.core import ModelFacts
 from xllm.progress import Reporter
+from xllm.quantization import resolve
 from xllm.serialize import graph_to_json
+from xllm.weights import Recipe
 
 
 def bucket_table(config: CompileConfig, static: tuple[int, ...]) -> list[dict]:
@@ -30,8 +34,8 @@ def kv_bytes_per_page(program: Program, page_size: int) -> int:
     total = 0
     for call in program.schedule:
         for node in placeholders(program.pieces[call.piece], State):
-            _, pair, groups, tokens, dim = node.meta["val"].shape
-            total += pair * groups * tokens * dim * node.meta["val"].element_size()
+            val = node.meta["val"]
+            total += math.prod(val.shape[1:]) * val.element_size()
     return total
 
 
@@ -39,11 +43,6 @@ def describe(planned: Plan, program: Program, facts: ModelFacts,
              records: list[PassRecord]) -> dict:
     """The manifest's part about model, graphs, memory and passes."""
     config = planned.config
-    pieces = {
-        name: {"calls": program.calls(name), "nodes": len(gm.graph.nodes),
-               "signature": [row for row in graph_to_json(gm) if row["op"] == "placeholder"]}
-        for name, gm in program.pieces.items()
-    }
     return {
         "key": planned.key,
         "factors": {name: vars(f) for name, f in planned.factors.items()},
@@ -52,13 +51,23 @@ def describe(planned: Plan, program: Program, facts: ModelFacts,
                   "source": source_of(planned), "architecture": facts.architecture,
                   "dtype": planned.factors["dtype"].value, "layers": facts.num_layers,
                   "vocab_size": facts.vocab_size, "context_length": facts.context_length},
-        "pieces": pieces,
-        "schedule": [vars(call) | {"outputs": list(call.outputs)} for call in program.schedule],
         "memory": {"page_size": config.page_size, "max_tokens": config.max_tokens,
                    "max_sequences": config.max_sequences,
                    "kv_bytes_per_page": kv_bytes_per_page(program, config.page_size),
                    "weight_bytes": weight_bytes(program)},
         "symbols": SYMBOLS,
+    } | describe_graph(program, records)
+
+
+def describe_graph(program: Program, records: list[PassRecord]) -> dict:
+    """The manifest's part about one graph: its pieces, how they are called, and its passes."""
+    return {
+        "pieces": {
+            name: {"calls": program.calls(name), "nodes": len(gm.graph.nodes),
+                   "signature": [row for row in graph_to_json(gm) if row["op"] == "placeholder"]}
+            for name, gm in program.pieces.items()
+        },
+        "schedule": [vars(call) | {"outputs": list(call.outputs)} for call in program.schedule],
         "passes": [{"name": r.name, "level": r.level, "sites": r.sites, "expected": r.expected,
                     "nodes": r.nodes, "error": r.error}
                    for r in records],
@@ -88,11 +97,11 @@ def weight_bytes(program: Program) -> int:
     return sum(sizes.values())
 
 
-def resolved_recipes(program: Program) -> list[dict]:
-    """Per call: placeholder → recipe over checkpoint tensors."""
+def resolved_recipes(program: Program, sources: Mapping[str, Recipe]) -> list[dict]:
+    """Per call: placeholder → recipe over checkpoint tensors; ``sources`` makes parameters."""
     return [
-        {node.name: weights.to_json(
-            weights.rename(node.meta["bind"].recipe, call.leaves.__getitem__))
+        {node.name: weights.to_json(resolve(weights.substitute(
+            node.meta["bind"].recipe, lambda leaf, call=call: sources[call.leaves[leaf]])))
          for node in placeholders(program.pieces[call.piece], Weight)}
         for call in program.schedule
     ]

@@ -13,14 +13,15 @@ import xllm
 from xllm import targets
 from xllm.artifact import Artifact, ArtifactError, Factor, cache_dir, key_of, refuse_foreign
 from xllm.backends import find_backend
-from xllm.checkpoint import Checkpoint
+from xllm.checkpoint import Checkpoint, CheckpointError
 from xllm.config import CompileConfig
 from xllm.kernels import build as kernels
 from xllm.progress import Reporter
 
 #: Packages and modules whose source decides what is compiled.
 COMPILING = ("ops", "passes", "compiler", "backends", "graph.py", "levels.py", "serialize.py",
-             "targets.py", "torch_private.py", "weights.py", "checkpoint.py", "config.py")
+             "targets.py", "torch_private.py", "weights.py", "quantization.py",
+             "quantized_layouts.py", "checkpoint.py", "config.py")
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,23 @@ def choose_backend(config: CompileConfig, target: targets.Target, reporter: Repo
     return target.backend
 
 
+def refuse_other_heads(checkpoint: Checkpoint) -> None:
+    """A classifier's head is not a language model's, though the model type is the same."""
+    for name in checkpoint.config.architectures or ():
+        if "Classification" in name:
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: architecture {name} ends in a classifier; "
+                "accepted: language models (a reranker as Qwen3-Reranker is published, "
+                "Qwen3ForCausalLM)")
+
+
 def plan(config: CompileConfig, out: Path | None, reporter: Reporter) -> Plan:
     """Resolve model, target, backend and dtype; compute the key. Raises one clear error."""
     target = targets.find(config.target)
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = Checkpoint.open(config.model, config.trust_remote_code)
+    refuse_other_heads(checkpoint)
+    if checkpoint.headless:  # any head will do: the engine gives out no logits of such a model
+        checkpoint.config.tie_word_embeddings = True
     dtype = (target.served_dtype(checkpoint.dtype) if config.dtype == "auto"
              else targets.DTYPES[config.dtype])
     backend = choose_backend(config, target, reporter)
@@ -79,6 +93,7 @@ def plan(config: CompileConfig, out: Path | None, reporter: Reporter) -> Plan:
         "max_tokens": Factor(config.max_tokens, "bound of T in the graphs"),
         "max_sequences": Factor(config.max_sequences, "bound of S in the graphs"),
         "page_size": Factor(config.page_size, "shape of the KV cache"),
+        "trust_remote_code": Factor(config.trust_remote_code, "whose code is captured"),
         "xllm": Factor(f"{xllm.__version__} {source_hash()[:16]}", "capture, passes, backends"),
         "kernels": Factor(f"{kernels.detect_isa()} {kernels.sources_hash()[:16]}",
                           "hand-written kernels and their instruction set"),

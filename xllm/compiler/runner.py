@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 
 from xllm import levels
 from xllm.errors import UserError
-from xllm.graph import Program, copy_program, placeholders
+from xllm.graph import (
+    ENCODE_DIMS,
+    IMAGE_DIMS,
+    INPUT_DIMS,
+    SYMBOLS,
+    Program,
+    copy_program,
+    placeholders,
+)
 from xllm.passes.core import Pass, PassContext
 from xllm.serialize import graph_text
 
@@ -33,14 +41,9 @@ class PassRecord:
 
 def symbol_names(program: Program) -> dict[str, str]:
     """The tracer's symbols by what they count: ``{"s77": "T", ...}``."""
-    from xllm.graph import INPUT_DIMS
-
-    names = {}
-    for name, dims in {**INPUT_DIMS, "pages": ("P",)}.items():
-        for size, dim in zip(program.inputs[name].shape, dims, strict=True):
-            if isinstance(dim, str) and dim != "S+1":
-                names[str(size)] = dim
-    return names
+    known = INPUT_DIMS | {"pages": ("P",)} | IMAGE_DIMS | ENCODE_DIMS
+    return {str(size): dim for name, value in program.inputs.items()
+            for size, dim in zip(value.shape, known[name], strict=True) if dim in SYMBOLS}
 
 
 def clean(program: Program) -> None:
@@ -59,9 +62,20 @@ def snapshot(program: Program) -> dict[str, list[tuple[str, str]]]:
     return {piece: graph_text(gm, names) for piece, gm in program.pieces.items()}
 
 
+def is_at(program: Program, level: str, wanted: str, kernels: frozenset[str]) -> bool:
+    """Whether a program at ``level`` is at the later level ``wanted`` too: all its ops are legal
+    there, so that no pass had to lift it (a vision tower has no cache to page)."""
+    try:
+        levels.verify(program, wanted, kernels)
+    except levels.LevelError:
+        return False
+    return levels.LEVELS.index(level) < levels.LEVELS.index(wanted)
+
+
 def run_pass(item: Pass, program: Program, ctx: PassContext, level: str) -> tuple[PassRecord, str]:
     """Run one pass on ``program`` in place; returns its record and the new level."""
-    if level not in (item.before, item.after):
+    if level not in (item.before, item.after) and not is_at(program, level, item.before,
+                                                             ctx.target.kernels):
         raise PassError(f"pass {item.name} wants level {item.before}, the program is at {level}")
     start = time.perf_counter()
     sites = item.apply(program, ctx)

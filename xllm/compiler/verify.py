@@ -10,7 +10,8 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,8 +30,11 @@ from xllm.graph import (
     copy_graph,
     placeholders,
 )
+from xllm.levels import RESULTS
+from xllm.ops.core import randn
 from xllm.ops.samples import ragged_batch
 from xllm.passes.core import Pass, PassContext
+from xllm.quantization import Format, on_grid
 from xllm.serialize import type_text
 
 TOLERANCE = {
@@ -55,7 +59,8 @@ def numerics(item: Pass) -> str:
 def on_host(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The graph without what capture on the meta device left behind: its checks, and its name."""
     meta, check = torch.device("meta"), torch.ops.aten._assert_tensor_metadata.default
-    if not any(node.target is check or meta in node.args for node in gm.graph.nodes):
+    if not any(node.target is check or meta in (*node.args, *node.kwargs.values())
+               for node in gm.graph.nodes):
         return gm
     gm = copy_graph(gm)
     for node in list(gm.graph.nodes):
@@ -63,13 +68,17 @@ def on_host(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
             gm.graph.erase_node(node)
         else:
             node.args = tuple(torch.device("cpu") if a == meta else a for a in node.args)
+            node.kwargs = {k: torch.device("cpu") if v == meta else v
+                           for k, v in node.kwargs.items()}
     return gm
 
 
 class Oracle:
     """Runs programs eagerly on random weights; made from the captured program's parameters."""
 
-    def __init__(self, captured: Program, seed: int = 0) -> None:
+    def __init__(self, captured: Program, seed: int = 0,
+                 quantized: Mapping[str, Format] = MappingProxyType({})) -> None:
+        self.quantized = quantized
         self.shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self.seed = seed
         for node in placeholders(captured.pieces["model"], Weight):
@@ -82,7 +91,8 @@ class Oracle:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.seed)
         noise = torch.randn(shape, generator=generator)
         value = 1 + noise / 10 if len(shape) == 1 else noise / shape[-1] ** 0.5
-        return value.to(dtype)
+        value = value.to(dtype)
+        return on_grid(value, self.quantized[name]) if name in self.quantized else value
 
     def load(self, program: Program) -> Callable[[dict[str, Tensor], int], Tensor]:
         """:meth:`run` on a program as it is now, for several batches."""
@@ -90,26 +100,32 @@ class Oracle:
         return lambda batch, vocab: self._run(program, pieces, batch, vocab)
 
     def run(self, program: Program, batch: dict[str, Tensor], vocab: int) -> Tensor:
-        """Logits ``[R, V]`` float32 of one step; the KV cache is the same for the same seed."""
+        """Logits ``[R, V]`` or image embeddings of one step, float32.
+
+        The KV cache is the same for the same seed.
+        """
         return self.load(program)(batch, vocab)
 
     def _run(self, program: Program, pieces: dict[str, Compiled], batch: dict[str, Tensor],
              vocab: int) -> Tensor:
-        rng = torch.Generator().manual_seed(self.seed)
-        tokens = len(batch["positions"])
-        values = dict(batch) | {
-            "input_ids": torch.randint(vocab, (1, tokens), generator=rng),
-            "positions": batch["positions"].unsqueeze(0),
-            "logits_rows": torch.arange(tokens),
-        }
+        values = dict(batch)
+        if "positions" in batch:
+            rng = torch.Generator().manual_seed(self.seed)
+            tokens = len(batch["positions"])
+            values |= {
+                "input_ids": torch.randint(vocab, (1, tokens), generator=rng),
+                "positions": batch["positions"].unsqueeze(0),
+                "logits_rows": torch.arange(tokens),
+            }
         for index, call in enumerate(program.schedule):
             arguments = [
                 self._argument(program, node, call.leaves, call.carried, values, index)
                 for node in placeholders(program.pieces[call.piece])
             ]
             values.update(zip(call.outputs, pieces[call.piece](arguments), strict=True))
-        logits = values["logits"].float()
-        return logits[0] if logits.dim() == 3 else logits
+        (name,) = RESULTS & set(program.schedule[-1].outputs)
+        result = values[name].float()
+        return result[0] if result.dim() == 3 else result
 
     def _argument(self, program: Program, node: torch.fx.Node, leaves: dict[str, str],
                   carried: dict[str, str], values: dict[str, Tensor], index: int) -> Tensor:
@@ -157,11 +173,45 @@ def draw_batch(rng: random.Random, page_size: int, single: bool) -> dict[str, Te
     }
 
 
+def draw_image_rows(rng: random.Random, embeds: Tensor, tokens: int) -> dict[str, Tensor]:
+    """Image inputs of a text graph: some of the tokens stand for rows of image embeddings."""
+    rows = rng.randint(1, 5)
+    return {
+        "image_rows": torch.tensor([rng.randint(-1, rows - 1) for _ in range(tokens)]),
+        "image_embeds": randn(rng, (rows, embeds.shape[1]), embeds.dtype),
+        "mrope_positions": torch.tensor([rng.randint(0, 40) for _ in range(3 * tokens)]
+                                        ).view(3, 1, tokens),
+    }
+
+
+def draw_images(rng: random.Random, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs of an encode graph: a few images, each cut into windows."""
+    lengths = [[rng.randint(1, 4) for _ in range(rng.randint(1, 3))]
+               for _ in range(rng.randint(1, 2))]
+    tokens = sum(map(sum, lengths))
+    patches, symbol = (inputs[name].shape[0].node.expr for name in ("pixel_values", "window_index"))
+    per_token = int(patches / symbol)
+
+    def bounds(counts: list[int]) -> Tensor:
+        return torch.tensor([0, *counts]).cumsum(0).int() * per_token
+
+    return {
+        "pixel_values": randn(rng, (tokens * per_token, inputs["pixel_values"].shape[1]),
+                              torch.float32),
+        "position_ids": torch.tensor([[rng.randint(0, 9), rng.randint(0, 9)]
+                                      for _ in range(tokens * per_token)]),
+        "cu_seqlens": bounds([sum(windows) for windows in lengths]),
+        "cu_window_seqlens": bounds([n for windows in lengths for n in windows]),
+        "window_index": torch.tensor(rng.sample(range(tokens), tokens)),
+    }
+
+
 class Checker:
     """The ``check`` of :func:`xllm.compiler.runner.run_pipeline`."""
 
-    def __init__(self, captured: Program, draws: int = 2, seed: int = 0) -> None:
-        self.oracle = Oracle(captured, seed)
+    def __init__(self, captured: Program, draws: int = 2, seed: int = 0,
+                 quantized: Mapping[str, Format] = MappingProxyType({})) -> None:
+        self.oracle = Oracle(captured, seed, quantized)
         self.rng = random.Random(seed)
         self.draws = draws
 
@@ -169,8 +219,7 @@ class Checker:
         """Largest error relative to the largest logit; raises :class:`VerifyError`."""
         worst, runs = 0.0, [self.oracle.load(program) for program in (before, after)]
         for _ in range(self.draws):
-            single = not (before.states() and after.states())
-            batch = draw_batch(self.rng, ctx.page_size, single)
+            batch = self._draw(before, after, ctx)
             old, new = (run(batch, ctx.facts.vocab_size) for run in runs)
             if not torch.isfinite(old).all():
                 raise VerifyError(f"pass {item.name}: the reference itself is not finite")
@@ -182,3 +231,13 @@ class Checker:
             raise VerifyError(f"pass {item.name} is declared '{numerics(item)}' but changes logits "
                               f"by {worst:.2e} of the largest (limit {limit:.0e}, {ctx.dtype})")
         return worst
+
+    def _draw(self, before: Program, after: Program, ctx: PassContext) -> dict[str, Tensor]:
+        if "pixel_values" in before.inputs:
+            return draw_images(self.rng, before.inputs)
+        single = not (before.states() and after.states())
+        batch = draw_batch(self.rng, ctx.page_size, single)
+        if "image_rows" in before.inputs:
+            batch |= draw_image_rows(self.rng, before.inputs["image_embeds"],
+                                     len(batch["positions"]))
+        return batch

@@ -52,7 +52,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None,
     softcap: float | None = None, sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal self-attention ``q [B, T, H, D]``, ``k, v [B, T, G, D]`` → ``[B, T, H, D]``.
+    """Causal self-attention ``q [B, T, H, D]``, ``k [B, T, G, D]``, ``v [B, T, G, V]`` →
+    ``[B, T, H, V]``; V is D everywhere but in latent attention, before it is absorbed.
 
     Softmax and accumulation in float32. Source: Vaswani et al. 2017; grouped: Ainslie et al. 2023.
     """
@@ -119,6 +120,10 @@ def qk_norm_rope_kv_write(
     return rope(q, cos, sin).contiguous()
 
 
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
 def _fake_like_q(q: Tensor, *args: object, **kwargs: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -155,7 +160,7 @@ def _fused_cost(qkv: Tensor, *rest: object) -> Cost:
 ATTENTION = define(
     "attention(Tensor q, Tensor k, Tensor v, float scale, int? window=None, float? softcap=None, "
     "Tensor? sinks=None) -> Tensor",
-    attention, fake=_fake_like_q, sample=sample_attention, cost=_attention_cost,
+    attention, fake=_fake_attention, sample=sample_attention, cost=_attention_cost,
 )
 KV_WRITE = define(
     "kv_write(Tensor k, Tensor v, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()",

@@ -14,11 +14,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension; statistics in float32.
 
     ``x [..., N]``, ``weight [N]`` → ``[..., N]`` in x's dtype. The normalised value is rounded to
-    x's dtype before the weight is applied (Llama, Qwen). Source: Zhang & Sennrich 2019.
+    x's dtype before the weight is applied (Llama, Qwen); a float32 weight over narrower x is
+    applied first, and the product rounded (OLMo2; Gemma, with a weight of 1 + w). Source: Zhang &
+    Sennrich 2019.
     """
     wide = x.to(torch.float32)
-    variance = wide.pow(2).mean(-1, keepdim=True)
-    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight.dtype == x.dtype:
+        return weight * normalised.to(x.dtype)
+    return (weight * normalised).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -29,7 +33,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _sample_norm(rng: random.Random, dtype: torch.dtype) -> tuple:
     tokens, width = rng.choice([1, 2, 5, 17]), rng.choice([8, 64, 96])
-    return randn(rng, (1, tokens, width), dtype), randn(rng, (width,), dtype), 1e-6
+    weight = randn(rng, (width,), rng.choice([dtype, dtype, torch.float32]))
+    return randn(rng, (1, tokens, width), dtype), weight, 1e-6
 
 
 def _sample_add_norm(rng: random.Random, dtype: torch.dtype) -> tuple:

@@ -6,13 +6,14 @@ A pass module holds a function of the module's name and ``expected``; :func:`des
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 
 from xllm.graph import Program
+from xllm.quantization import Format
 from xllm.targets import Target
 
 
@@ -22,26 +23,37 @@ class ModelFacts:
 
     architecture: str
     num_layers: int
-    num_norms: int
+    norms: tuple[str, ...]  #: modules that are RMS norms, once per call
+    num_residual_norms: int | None  #: norms that read a residual sum; None where not known
     num_gated_mlps: int
-    num_qkv: int
-    qk_norm: bool
+    num_moe_layers: int  #: calls of routed experts
+    num_even_expert_weights: int  #: their projections that have an even number of inputs
+    num_latent_attentions: int  #: those whose keys and values come from a latent (MLA)
+    num_rotations: int  #: tensors that are rotated in the "rotate half" layout
+    num_fused_qkv: int  #: attentions whose norm, rotation and KV write are one op
+    num_even_linears: int  #: linear layers with an even number of inputs
+    num_linear_groups: int  #: groups of linear layers that read the same tensor
+    num_grouped_linears: int
+    linears: tuple[tuple[str, ...], ...]  #: their weights, those of a group together
     tied_embeddings: bool
     hidden_size: int
     vocab_size: int
     context_length: int
-    num_even_linears: int
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """Everything a pass may know besides the graph; ``inputs`` are fakes of the batch inputs."""
+    """Everything a pass may know besides the graph.
+
+    ``inputs`` are fakes of the batch inputs; ``quantized`` says of parameters how they are stored.
+    """
 
     facts: ModelFacts
     target: Target
     dtype: torch.dtype
     page_size: int
     inputs: dict[str, torch.Tensor]
+    quantized: Mapping[str, Format] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

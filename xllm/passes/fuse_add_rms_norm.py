@@ -47,4 +47,4 @@ def fuse_add_rms_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
-    return 2 * model.num_layers
+    return model.num_residual_norms

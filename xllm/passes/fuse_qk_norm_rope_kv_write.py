@@ -75,8 +75,14 @@ def _whole_heads(match: Match) -> bool:
             and list(match.binding["k_shape"]) == [1, -1, groups, dim])
 
 
+def _whole_heads_rounded(match: Match) -> bool:
+    """Norm weights of the heads' own dtype: the norm rounds before it weights."""
+    kinds = {match.val(name).dtype for name in ("q_norm", "k_norm", "qkv")}
+    return len(kinds) == 1 and _whole_heads(match)
+
+
 RULES = (
-    Rewrite(with_norm, fused_with_norm, _whole_heads),
+    Rewrite(with_norm, fused_with_norm, _whole_heads_rounded),
     Rewrite(without_norm, fused_without_norm, _whole_heads),
 )
 
@@ -87,4 +93,4 @@ def fuse_qk_norm_rope_kv_write(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
-    return model.num_qkv
+    return model.num_fused_qkv

@@ -73,4 +73,4 @@ def merge_projections(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
-    return model.num_qkv + model.num_gated_mlps
+    return model.num_linear_groups

@@ -14,6 +14,7 @@ from torch import fx
 
 from xllm.graph import Weight, add_placeholder, calls_of, retype
 from xllm.ops.linear import BLOCK
+from xllm.passes import keep_quantized
 from xllm.passes.core import ModelFacts, PassContext
 from xllm.weights import Pack
 
@@ -60,5 +61,6 @@ def pack_linear(gm: fx.GraphModule, ctx: PassContext) -> int:
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
     if ctx.dtype not in ctx.target.packed_dtypes:
         return 0
-    merged = 2 * model.num_qkv + model.num_gated_mlps  # q/k/v became one linear, gate/up one
-    return model.num_even_linears - (0 if model.hidden_size % 2 else merged)
+    merged = model.num_grouped_linears - model.num_linear_groups
+    kept = keep_quantized.expected(model, ctx)
+    return model.num_even_linears - (0 if model.hidden_size % 2 else merged) - kept

@@ -4,7 +4,8 @@
     %n = aten.mul(%w, aten.rsqrt(aten.add(%v, eps))); %y = aten.mul(%weight, aten.to.dtype(%n, dt))
     ->   %y = xllm.rms_norm(%x, %weight, eps)
 
-In float32 the casts are already gone. Either order of the last product is accepted.
+In float32 the casts are already gone. Either order of the last product is accepted, and a weight
+that is applied in float32, before rounding (OLMo2, Gemma): the op then takes it as float32.
 
 Level: captured -> captured. Numerics: exact (the op's meaning is this formula).
 """
@@ -44,12 +45,26 @@ def cast_weight_last(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) 
     return aten.mul.Tensor(aten.to.dtype(_normalise(wide, eps), dtype), weight)
 
 
+def wide_weight_first(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    wide = aten.to.dtype(x, torch.float32)
+    return aten.to.dtype(aten.mul.Tensor(weight, _normalise(wide, eps)), dtype)
+
+
+def wide_weight_last(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    wide = aten.to.dtype(x, torch.float32)
+    return aten.to.dtype(aten.mul.Tensor(_normalise(wide, eps), weight), dtype)
+
+
 def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return xllm.rms_norm.default(x, weight, eps)
 
 
 def fused_cast(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return xllm.rms_norm.default(x, weight, eps)
+
+
+def fused_wide(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return xllm.rms_norm.default(x, aten.to.dtype(weight, torch.float32), eps)
 
 
 def _float32(match: Match) -> bool:
@@ -60,11 +75,26 @@ def _rounds_to_input(match: Match) -> bool:
     return match.binding["dtype"] == match.val("x").dtype and _weight(match)
 
 
-def _weight(match: Match) -> bool:
+def _weights_wide(match: Match) -> bool:
     x, weight = match.val("x"), match.val("weight")
-    return weight.dim() == 1 and weight.dtype == x.dtype and weight.shape[0] == x.shape[-1]
+    narrow = x.dtype != torch.float32 and match.binding["dtype"] == x.dtype
+    return narrow and weight.dtype in (torch.float32, x.dtype) and _fits(match)
 
 
+def _weight(match: Match) -> bool:
+    return match.val("weight").dtype == match.val("x").dtype and _fits(match)
+
+
+def _fits(match: Match) -> bool:
+    x, weight = match.val("x"), match.val("weight")
+    return weight.dim() == 1 and weight.shape[0] == x.shape[-1]
+
+
+#: First, because the float32 rules below match inside them.
+WIDE_RULES = (
+    Rewrite(wide_weight_first, fused_wide, _weights_wide),
+    Rewrite(wide_weight_last, fused_wide, _weights_wide),
+)
 RULES = (
     Rewrite(weight_first, fused, _float32),
     Rewrite(weight_last, fused, _float32),
@@ -75,8 +105,8 @@ RULES = (
 
 def recognise_rms_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Recognise ``xllm.rms_norm``."""
-    return apply(RULES, gm)
+    return apply(WIDE_RULES, gm) + apply(RULES, gm)
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
-    return model.num_norms
+    return len(model.norms)

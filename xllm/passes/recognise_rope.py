@@ -49,4 +49,4 @@ def recognise_rope(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
-    return 2 * model.num_qkv
+    return model.num_rotations

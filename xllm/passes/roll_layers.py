@@ -12,14 +12,17 @@ Level: canonical -> canonical. Numerics: exact.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from xllm import weights
 from xllm.graph import Call, Carried, Program, Weight
 from xllm.passes.core import ModelFacts, PassContext
-from xllm.weights import Leaf
+from xllm.quantization import Format
+from xllm.weights import Recipe
 
 PROLOGUE = -1
 _INDEX = re.compile(r"^(?:[^.]+\.)*?(\d+)(?:\.|$)")
@@ -65,7 +68,7 @@ class Segment:
     outputs: set[int] = field(default_factory=set)
 
 
-def _segment(nodes: list[fx.Node]) -> Segment:
+def _segment(nodes: list[fx.Node], quantized: Mapping[str, Format]) -> Segment:
     """Collect outside reads in order of use, and the text that equal layers share."""
     segment = Segment(nodes)
     local = {node: f"n{i}" for i, node in enumerate(nodes)}
@@ -78,7 +81,9 @@ def _segment(nodes: list[fx.Node]) -> Segment:
             val, bind = node.meta["val"], node.meta.get("bind")
             if not isinstance(val, torch.Tensor):
                 raise RollError(f"node {node.name} is no tensor but crosses a layer boundary")
-            kind = "carried" if bind is None else "weight" if isinstance(bind, Weight) else bind
+            kind = "carried" if bind is None else bind
+            if isinstance(bind, Weight):
+                kind = Weight(weights.rename(bind.recipe, lambda name: str(quantized.get(name))))
             outside[node] = f"<{len(outside)} {kind} {val.dtype} {tuple(val.shape)}>"
         return outside[node]
 
@@ -91,29 +96,30 @@ def _segment(nodes: list[fx.Node]) -> Segment:
     return segment
 
 
-def _leaf_names(segment: Segment, layer: int) -> list[str | None]:
-    """Names, local to the piece, of the weights among the reads."""
-    names: list[str | None] = []
-    for node in segment.reads:
-        bind = node.meta.get("bind")
-        if not isinstance(bind, Weight):
-            names.append(None)
-            continue
-        head, own, tail = bind.recipe.name.partition(f".{layer}.")
-        local = tail if own else "next." + ".".join(bind.recipe.name.split(".")[-2:])
-        names.append(local if layer >= 0 and (own or head) else bind.recipe.name)
-    return names
+def _local_recipes(segment: Segment, layer: int) -> list[Recipe | None]:
+    """Recipes of the weights among the reads, over names that are local to the piece."""
+    def local(name: str) -> str:
+        head, own, tail = name.partition(f".{layer}.")
+        if layer < 0 or not (own or head):
+            return name
+        return tail if own else "next." + ".".join(name.split(".")[-2:])
+
+    binds = [node.meta.get("bind") for node in segment.reads]
+    return [weights.rename(bind.recipe, local) if isinstance(bind, Weight) else None
+            for bind in binds]
 
 
-def _build(segment: Segment, names: list[str | None], outputs: list[int]) -> fx.GraphModule:
+def _build(segment: Segment, recipes: list[Recipe | None], outputs: list[int]) -> fx.GraphModule:
     """The piece's graph, from one of its segments."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node, leaf in zip(segment.reads, names, strict=True):
+    for node, recipe in zip(segment.reads, recipes, strict=True):
         is_value = "bind" not in node.meta
-        label = leaf.replace(".", "_") if leaf else "x_" + node.name if is_value else node.name
+        label = "x_" + node.name if is_value else node.name
+        if recipe is not None:
+            label = "_and_".join(weights.leaves(recipe)).replace(".", "_")
         copy = copies[node] = graph.placeholder(label)
-        bind = Carried() if is_value else Weight(Leaf(leaf)) if leaf else node.meta["bind"]
+        bind = Carried() if is_value else Weight(recipe) if recipe else node.meta["bind"]
         copy.meta = {"val": node.meta["val"], "bind": bind}
     for node in segment.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -121,15 +127,18 @@ def _build(segment: Segment, names: list[str | None], outputs: list[int]) -> fx.
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def _call(piece: str, gm: fx.GraphModule, segment: Segment, names: list[str | None],
-          outputs: list[int], last: bool) -> Call:
-    reads = list(zip(gm.graph.find_nodes(op="placeholder"), segment.reads, names, strict=True))
-    return Call(
-        piece,
-        leaves={leaf: node.meta["bind"].recipe.name for _, node, leaf in reads if leaf},
-        carried={place.name: node.name for place, node, _ in reads if "bind" not in node.meta},
-        outputs=("logits",) if last else tuple(segment.nodes[i].name for i in outputs),
-    )
+def _call(piece: str, gm: fx.GraphModule, segment: Segment, outputs: list[int],
+          results: dict[fx.Node, str]) -> Call:
+    leaves: dict[str, str] = {}
+    carried: dict[str, str] = {}
+    for place, node in zip(gm.graph.find_nodes(op="placeholder"), segment.reads, strict=True):
+        if "bind" not in node.meta:
+            carried[place.name] = node.name
+        elif isinstance(node.meta["bind"], Weight):
+            local, full = (weights.leaves(n.meta["bind"].recipe) for n in (place, node))
+            leaves |= zip(local, full, strict=True)
+    names = (results.get(node, node.name) for node in (segment.nodes[i] for i in outputs))
+    return Call(piece, leaves, carried, tuple(names))
 
 
 def _names_of_kinds(segments: dict[int, Segment], num_layers: int) -> dict[str, str]:
@@ -144,13 +153,15 @@ def _names_of_kinds(segments: dict[int, Segment], num_layers: int) -> dict[str, 
 
 def roll_layers(program: Program, ctx: PassContext) -> int:
     """Layers that are alike become one piece that the schedule calls once per layer."""
-    (gm,) = program.pieces.values()
+    (gm,), (whole,) = program.pieces.values(), program.schedule
+    (output,) = gm.graph.find_nodes(op="output")
+    results = dict(zip(output.args[0], whole.outputs, strict=True))
     num_layers = ctx.facts.num_layers
     piece_of = assign_pieces(gm.graph, num_layers)
     groups: dict[int, list[fx.Node]] = {}
     for node, index in piece_of.items():
         groups.setdefault(index, []).append(node)
-    segments = {index: _segment(groups[index]) for index in sorted(groups)}
+    segments = {index: _segment(groups[index], ctx.quantized) for index in sorted(groups)}
     names = _names_of_kinds(segments, num_layers)
     outputs: dict[str, set[int]] = {}
     for segment in segments.values():
@@ -158,13 +169,10 @@ def roll_layers(program: Program, ctx: PassContext) -> int:
     program.pieces, program.schedule = {}, []
     for index, segment in segments.items():
         piece, wanted = names[segment.text], sorted(outputs[segment.text])
-        leaf_names = _leaf_names(segment, index if index < num_layers else PROLOGUE)
         if piece not in program.pieces:
-            program.pieces[piece] = _build(segment, leaf_names, wanted)
-        first = [n.meta["bind"].recipe.name if isinstance(n.meta["bind"], Weight) else None
-                 for n in program.pieces[piece].graph.find_nodes(op="placeholder")]
-        program.schedule.append(_call(piece, program.pieces[piece], segment, first, wanted,
-                                      index == max(segments)))
+            recipes = _local_recipes(segment, index if index < num_layers else PROLOGUE)
+            program.pieces[piece] = _build(segment, recipes, wanted)
+        program.schedule.append(_call(piece, program.pieces[piece], segment, wanted, results))
     return sum(0 <= index < num_layers for index in segments)
 
 

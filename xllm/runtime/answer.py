@@ -1,15 +1,16 @@
-"""One request's answer in the making: append the token, decide whether to stop, give out text."""
+"""What a step's rows add to one request: a token and its text, or the vector that it ends with."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from xllm.runtime.detokenize import Detokenizer
 from xllm.runtime.outputs import Delta, FinishReason, Logprob
 from xllm.runtime.request import Request
-from xllm.runtime.sampler import Alternative, Sampled, make_generator
+from xllm.runtime.sampler import Alternative, Sampled, Sampler, SamplingError, make_generator
 
 
 class Answer:
@@ -25,6 +26,10 @@ class Answer:
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None:
             self._detokenizer = Detokenizer(tokenizer, request.params.stop)
+
+    def read(self, sampler: Sampler, hidden_RH: Tensor, row: int) -> Delta:
+        """Draw a token from the row and append it; raises SamplingError."""
+        return self.take(sampler.choose(row, self.request.params, self.generator))
 
     def take(self, sampled: Sampled) -> Delta:
         """Append a token; the delta's finish reason says whether it was the last."""
@@ -65,3 +70,18 @@ class Answer:
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class PooledAnswer:
+    """The output side of a request of :class:`PoolingParams`: over with its first row."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+
+    def read(self, sampler: Sampler, hidden_RH: Tensor, row: int) -> Delta:
+        """The vector that was asked for; raises SamplingError where it is not finite."""
+        wanted = list(self.request.params.token_ids)
+        vector = sampler.logits_RV[row, wanted] if wanted else hidden_RH[row].clone()
+        if not bool(vector.isfinite().all()):
+            raise SamplingError("the model's output is not finite")
+        return Delta(self.request.request_id, finish_reason=FinishReason.STOP, vector=vector)

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from xllm.runtime.engine import Engine, EngineDeadError
 from xllm.runtime.outputs import Delta, FinishReason
 from xllm.runtime.request import Prompt
-from xllm.runtime.sampling_params import RequestError, SamplingParams
+from xllm.runtime.sampling_params import Params, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class AsyncEngine:
         for name, prompt, choice in wanted:
             self._generations[name] = generation
             params = prompt.params.for_choice(choice)
-            self._calls.put(partial(self._submit, name, prompt.token_ids, params))
+            self._calls.put(partial(self._submit, name, prompt, params))
         return generation
 
     def _abort(self, names: Sequence[str]) -> None:
@@ -171,9 +171,9 @@ class AsyncEngine:
     def _begin_stop(self, deadline: float) -> None:
         self._deadline = deadline
 
-    def _submit(self, name: str, token_ids: Sequence[int], params: SamplingParams) -> None:
+    def _submit(self, name: str, prompt: Prompt, params: Params) -> None:
         try:
-            self.engine.submit(name, token_ids, params)
+            self.engine.submit(name, prompt.token_ids, params, prompt.images)
         except (RequestError, EngineDeadError) as error:
             delta = Delta(name, finish_reason=FinishReason.ERROR, error=str(error))
             self._publish([delta])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from xllm.runtime.request import Request
+from torch import Tensor
+
+from xllm.runtime.request import Image, Request
 
 
 @dataclass
@@ -16,6 +18,10 @@ class Batch:
     sequence s; ``block_tables[s]`` lists the KV pages of its tokens in order (page 0 is never
     used); ``slot_mapping[t] = page * page_size + offset`` is where token t's key and value go;
     ``logits_rows`` are indices into the T tokens, in the order the caller wants the logits.
+
+    Where the model takes images: ``image_rows[t]`` is the row of ``image_embeds [I, H]`` that
+    stands for token t, or -1; ``mrope_positions[t]`` are its rotary positions in time, height and
+    width. Empty or None mean no images, and three times ``positions``.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -25,6 +31,9 @@ class Batch:
     seq_lens: list[int] = field(default_factory=list)
     block_tables: list[list[int]] = field(default_factory=list)
     logits_rows: list[int] = field(default_factory=list)
+    image_rows: list[int] = field(default_factory=list)
+    image_embeds: Tensor | None = None
+    mrope_positions: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,14 @@ class Chunk:
     start: int
     count: int
     samples: bool
+
+    def image_parts(self) -> Iterator[tuple[Image, int, int]]:
+        """Each image with tokens in this chunk, and from which of its tokens to which."""
+        for image in self.request.images.items if self.request.images else ():
+            first = max(self.start - image.start, 0)
+            last = min(self.start + self.count - image.start, image.count)
+            if first < last:
+                yield image, first, last
 
 
 def build_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
@@ -57,4 +74,20 @@ def build_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
         batch.block_tables.append(table[: -(-end // page_size)])
         if chunk.samples:
             batch.logits_rows.append(len(batch.input_ids) - 1)
+    if any(chunk.request.images for chunk in chunks):
+        _place_images(batch, chunks)
     return batch
+
+
+def _place_images(batch: Batch, chunks: Sequence[Chunk]) -> None:
+    """Number the image tokens in order, and give every token its rotary positions."""
+    batch.image_rows = [-1] * len(batch.input_ids)
+    row = 0
+    for chunk, begin in zip(chunks, batch.query_start_loc):
+        images = chunk.request.images
+        for index in range(chunk.start, chunk.start + chunk.count):
+            batch.mrope_positions.append(images.position(index) if images else (index,) * 3)
+        for image, first, last in chunk.image_parts():
+            at = begin + image.start + first - chunk.start
+            batch.image_rows[at : at + last - first] = range(row, row + last - first)
+            row += last - first

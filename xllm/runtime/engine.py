@@ -7,16 +7,19 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from xllm.runtime.answer import Answer
+from xllm.runtime.answer import Answer, PooledAnswer
 from xllm.runtime.batch import Chunk, build_batch
+from xllm.runtime.encoder_cache import EncoderCache
 from xllm.runtime.executor import Executor, Launched
 from xllm.runtime.outputs import Delta, FinishReason
-from xllm.runtime.request import InvariantError, Request
+from xllm.runtime.request import Images, InvariantError, Request
 from xllm.runtime.sampler import Sampler
-from xllm.runtime.sampling_params import RequestError, SamplingParams
+from xllm.runtime.sampling_params import Params, PoolingParams, RequestError
 from xllm.runtime.scheduler import Scheduler
 
+IMAGE_CACHE = 256 << 20  # bytes
 log = logging.getLogger(__name__)
 
 
@@ -44,14 +47,21 @@ class Engine:
         executor: Executor,
         eos_token_ids: Collection[int],
         tokenizer: Tokenizer | None = None,
+        image_cache: int = IMAGE_CACHE,
+        has_logits: bool = True,
     ) -> None:
         self.limits = executor.limits
         self.failure: BaseException | None = None
+        self.encoder = executor.encoder
         self._executor = executor
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
+        self._has_logits = has_logits
         self.scheduler = Scheduler(self.limits)
-        self._answers: dict[str, Answer] = {}
+        self._embeddings: EncoderCache | None = None
+        if self.encoder is not None:
+            self._embeddings = EncoderCache(self.encoder, image_cache)
+        self._answers: dict[str, Answer | PooledAnswer] = {}
         self._arrivals: list[Request] = []
         self._aborts: list[str] = []
 
@@ -74,29 +84,35 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self._answers or self._aborts)
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(self, prompt_token_ids: Sequence[int], params: Params) -> None:
         """Raise unless the request could be served; reads constants only, so any thread may."""
         if self.failure is not None:
             raise EngineDeadError(f"the engine is dead: {self.failure!r}")
         length, context = len(prompt_token_ids), self.context_length
+        most = context - (params.max_tokens != 0)
         if not length:
             raise RequestError("the prompt has no tokens; accepted: at least one", "prompt")
-        if length >= context:
+        if length > most:
             raise RequestError(
-                f"the prompt has {length} tokens; accepted: at most {context - 1}, the context "
+                f"the prompt has {length} tokens; accepted: at most {most}, the context "
                 f"length being {context} tokens, prompt and answer together", "prompt")
         if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < self.limits.vocab_size:
             raise RequestError(
                 f"the prompt has token ids from {min(prompt_token_ids)} to "
                 f"{max(prompt_token_ids)}; accepted: 0 to {self.limits.vocab_size - 1}", "prompt")
+        if not (self._has_logits or params == PoolingParams()):
+            raise RequestError("the checkpoint has no language head; accepted: embeddings", "model")
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the engine has none", "stop")
 
     def submit(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
+        self, request_id: str, prompt_token_ids: Sequence[int], params: Params,
+        images: Images | None = None,
     ) -> None:
         """Queue a request for one answer; raises RequestError or EngineDeadError."""
         self.check(prompt_token_ids, params)
+        if images is not None and self._embeddings is None:
+            raise RequestError("the prompt holds images; the model takes text only", "messages")
         if params.n != 1:
             raise RequestError(f"n is {params.n}; accepted: 1, submit for_choice(i) of each", "n")
         if request_id in self._answers:
@@ -104,8 +120,10 @@ class Engine:
         limit = self.context_length
         if params.max_tokens is not None:
             limit = min(limit, len(prompt_token_ids) + params.max_tokens)
-        request = Request(request_id, prompt_token_ids, params, limit)
-        self._answers[request_id] = Answer(request, self._tokenizer, self._eos_token_ids)
+        request = Request(request_id, prompt_token_ids, params, limit, images)
+        self._answers[request_id] = (
+            PooledAnswer(request) if isinstance(params, PoolingParams)
+            else Answer(request, self._tokenizer, self._eos_token_ids))
         self._arrivals.append(request)
 
     def abort(self, request_id: str) -> None:
@@ -134,8 +152,11 @@ class Engine:
         return [self._end(name, FinishReason.ABORT) for name in aborted]
 
     def launch(self, chunks: list[Chunk]) -> Step:
-        """Start the planned step."""
+        """Start the planned step, its images encoded."""
         batch = build_batch(chunks, self.limits.page_size)
+        if self._embeddings is not None:
+            batch.image_embeds = self._embeddings.gather(
+                part for chunk in chunks for part in chunk.image_parts())
         return Step(chunks, self._executor.launch(batch))
 
     def commit(self, step: Step) -> list[Delta]:
@@ -148,14 +169,15 @@ class Engine:
                 f"expected {(len(chunks), self.limits.vocab_size)}")
         if not chunks:
             return []
-        sampler = Sampler(logits)
-        return [self._extend(sampler, row, chunk.request) for row, chunk in enumerate(chunks)]
+        sampler, hidden = Sampler(logits), step.launched.hidden()
+        return [self._extend(sampler, hidden, row, chunk.request)
+                for row, chunk in enumerate(chunks)]
 
-    def _extend(self, sampler: Sampler, row: int, request: Request) -> Delta:
-        """Add one token to one request; whatever goes wrong with it ends that request only."""
+    def _extend(self, sampler: Sampler, hidden_RH: Tensor, row: int, request: Request) -> Delta:
+        """Add a row to its request; whatever goes wrong with it ends that request only."""
         answer = self._answers[request.request_id]
         try:
-            delta = answer.take(sampler.choose(row, request.params, answer.generator))
+            delta = answer.read(sampler, hidden_RH, row)
         except Exception as error:
             log.exception("request %s failed", request.request_id)
             return self._end(request.request_id, FinishReason.ERROR, repr(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,11 +34,41 @@ class Launched(Protocol):
         """Wait for the step; float32 ``[R, V]``, valid until the next launch."""
         ...
 
+    def hidden(self) -> Tensor:
+        """Hidden states of the same rows after the final norm; float32 ``[R, H]``, as long."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """Makes embeddings of images; a grid counts patches in time, height and width."""
+
+    max_tokens: int
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for one row of an image's embeddings in a prompt."""
+        ...
+
+    def image_tokens(self, image_grid_thw: Tensor) -> list[int]:
+        """Rows of embeddings of each image, from grids ``[images, 3]``."""
+        ...
+
+    def encode(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Embeddings ``[n, H]`` of images of up to ``max_tokens`` rows in all."""
+        ...
+
+    def rope_positions(
+        self, input_ids: Sequence[int], image_grid_thw: Tensor
+    ) -> tuple[Tensor, int]:
+        """Rotary positions ``[3, n]`` of a prompt, and how far behind it they are ahead."""
+        ...
+
 
 class Executor(Protocol):
-    """Runs batches one at a time; keeps the KV cache."""
+    """Runs batches one at a time; keeps the KV cache. ``encoder`` is None without vision."""
 
     limits: Limits
+    encoder: ImageEncoder | None
 
     def launch(self, batch: Batch) -> Launched:
         """Start one step. The batch is within :attr:`limits`."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from xllm.runtime.batch import Batch
 from xllm.runtime.executor import Limits
 
+HIDDEN = 8
+LAG = 100_000  # what each position that an image saved adds to the tokens behind it
 Model = Callable[[Sequence[int]], Tensor]
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -56,12 +58,53 @@ class FakeLaunched:
         """Float32 ``[R, V]``."""
         return self.result
 
+    def hidden(self) -> Tensor:
+        """Float32 ``[R, HIDDEN]``: the first logits, as much a function of the history as all."""
+        return self.result[:, :HIDDEN]
+
+
+class FakeEncoder:
+    """An encoder whose embeddings ``[n, 1]`` are numbers made of the pixels and the row.
+
+    :class:`FakeExecutor` takes them for tokens. Four patches make a token, as with Qwen's.
+    """
+
+    max_tokens = 64
+
+    def __init__(self, image_token_id: int) -> None:
+        self.image_token_id = image_token_id
+        self.encoded: list[Tensor] = []
+
+    def image_tokens(self, image_grid_thw: Tensor) -> list[int]:
+        """A quarter of the patches."""
+        return (image_grid_thw.prod(-1) // 4).tolist()
+
+    def encode(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Whole numbers above all token ids."""
+        self.encoded.append(pixel_values)
+        (count,) = self.image_tokens(image_grid_thw)
+        start = 1000 + int(pixel_values.double().abs().sum() * 1000) % 9000
+        return torch.arange(start, start + count, dtype=torch.float32).unsqueeze(1)
+
+    def rope_positions(
+        self, input_ids: Sequence[int], image_grid_thw: Tensor
+    ) -> tuple[Tensor, int]:
+        """Image tokens take no positions: what follows stands where the image began."""
+        places, position = [], 0
+        for token in input_ids:
+            places.append(position)
+            position += token != self.image_token_id
+        return torch.tensor([places] * 3), position - len(places)
+
 
 class FakeExecutor:
     """Checks every batch against the contract and answers by ``model``."""
 
-    def __init__(self, limits: Limits, model: Model | None = None) -> None:
+    def __init__(
+        self, limits: Limits, model: Model | None = None, encoder: FakeEncoder | None = None
+    ) -> None:
         self.limits = limits
+        self.encoder = encoder
         self.batches: list[Batch] = []
         self._model = hashed_model(limits.vocab_size) if model is None else model
         slots = limits.num_pages * limits.page_size
@@ -85,7 +128,7 @@ class FakeExecutor:
 
     def _write(self, batch: Batch, index: int, start: int, end: int) -> None:
         before = batch.seq_lens[index] - (end - start)
-        tokens = np.asarray(batch.input_ids[start:end], dtype=np.int64)
+        tokens = np.asarray(seen(batch)[start:end], dtype=np.int64)
         history = np.concatenate([self._history(batch, index, before), tokens])
         places = np.concatenate([np.arange(before), batch.positions[start:end]])
         slots = batch.slot_mapping[start:end]
@@ -101,6 +144,16 @@ class FakeExecutor:
         tokens = self._tokens[slots]
         right = self._digests[slots] == _digest(tokens, positions)
         return np.where(right, tokens, ~np.abs(tokens))
+
+
+def seen(batch: Batch) -> list[int]:
+    """The batch's tokens, those of images by their embeddings; rotary positions count too."""
+    rows = batch.image_rows or [-1] * len(batch.input_ids)
+    embeds = [] if batch.image_embeds is None else batch.image_embeds[:, 0].long().tolist()
+    places = batch.mrope_positions or [(p, p, p) for p in batch.positions]
+    behind = [p - place[0] for p, place in zip(batch.positions, places, strict=True)]
+    return [(token if row < 0 else embeds[row]) + LAG * lag
+            for token, row, lag in zip(batch.input_ids, rows, behind, strict=True)]
 
 
 def check_batch(batch: Batch, limits: Limits) -> None:

@@ -36,7 +36,8 @@ def generate(
         for prompt, result in zip(prompts, results):
             for output in result.outputs:
                 name = f"{result.request_id}-{output.index}"
-                engine.submit(name, prompt.token_ids, prompt.params.for_choice(output.index))
+                params = prompt.params.for_choice(output.index)
+                engine.submit(name, prompt.token_ids, params, prompt.images)
                 pending[name] = output
         with _progress(len(pending), progress) as bar:
             _run(engine, pending, bar)

@@ -16,7 +16,7 @@ from xllm.backends import find_backend
 from xllm.backends.base import BackendError, Compiled
 from xllm.checkpoint import Checkpoint, CheckpointError
 from xllm.config import ConfigError, EngineConfig
-from xllm.progress import Reporter
+from xllm.progress import Phase, Reporter
 from xllm.runtime.executor import Limits
 
 GIB = 1 << 30
@@ -32,13 +32,20 @@ class BoundCall:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Everything an executor needs."""
+class LoadedGraph:
+    """One graph of an artifact: its calls with arguments, and its code by variant and piece."""
 
     calls: list[BoundCall]
     variants: dict[str, dict[str, Compiled]]
+
+
+@dataclass(frozen=True)
+class Loaded(LoadedGraph):
+    """Everything an executor needs: the text graph, and the encode graph where there is one."""
+
     limits: Limits
     weight_bytes: int
+    encode: LoadedGraph | None
 
 
 def check_host(artifact: Artifact) -> None:
@@ -91,7 +98,7 @@ def open_checkpoint(artifact: Artifact, config: EngineConfig) -> Checkpoint:
     """The checkpoint the artifact was compiled from; another one is refused."""
     source = str(config.weights) if config.weights else artifact.manifest["model"]["source"]
     try:
-        checkpoint = Checkpoint.open(source)
+        checkpoint = Checkpoint.open(source, bool(artifact.factor("trust_remote_code")))
     except CheckpointError as error:
         hint = "--weights DIR names where the checkpoint is now"
         raise CheckpointError(f"{error}; {hint}") from error
@@ -111,10 +118,18 @@ class _Weights:
     def make(self, recipe: weights.Recipe, dtype: torch.dtype) -> Tensor:
         """The parameter in the dtype that the graph wants."""
         if (recipe, dtype) not in self.made:
-            made = weights.evaluate(recipe, self.checkpoint.load)
-            # a lone leaf may still be a view of the mapped file, which somebody may replace
-            lone = isinstance(recipe, weights.Leaf)
-            self.made[recipe, dtype] = made.to(dtype, copy=lone)
+            mapped = set()
+
+            def load(name: str) -> Tensor:
+                tensor = self.checkpoint.load(name)
+                mapped.add(tensor.untyped_storage().data_ptr())
+                return tensor
+
+            made = weights.evaluate(recipe, load)
+            storage = made.untyped_storage()
+            # a view of the mapped file, which somebody may replace, or of more than is needed
+            view = storage.data_ptr() in mapped or storage.nbytes() > made.nbytes
+            self.made[recipe, dtype] = made.to(dtype, copy=view)
         return self.made[recipe, dtype]
 
     def bytes(self) -> int:
@@ -135,11 +150,11 @@ def _load_kernels(artifact: Artifact) -> None:
         artifact.file(blob)
 
 
-def _load_variants(artifact: Artifact) -> dict[str, dict[str, Compiled]]:
+def _load_variants(artifact: Artifact, graph: dict) -> dict[str, dict[str, Compiled]]:
     backend = find_backend(str(artifact.factor("backend")))
     try:
         return {name: {piece: backend.load(artifact.file(blob)) for piece, blob in blobs.items()}
-                for name, blobs in artifact.manifest["variants"].items()}
+                for name, blobs in graph["variants"].items()}
     except BackendError as error:
         raise ArtifactError(f"{error}; compile again") from error
 
@@ -150,22 +165,32 @@ def load(artifact: Artifact, config: EngineConfig, reporter: Reporter,
     manifest = artifact.manifest
     check_host(artifact)
     limits = plan_limits(manifest, config)
+    encode = manifest.get("encode")
     with reporter.phase("load code"):
         _load_kernels(artifact)
-        variants = _load_variants(artifact)
+        variants = _load_variants(artifact, manifest)
+        encode_variants = _load_variants(artifact, encode) if encode else {}
     maker = _Weights(checkpoint)
-    constants = load_file(artifact.file("weights/constants.safetensors"))
-    recipes = artifact.json("weights/recipe.json")
-    with reporter.phase("load weights", total=len(recipes)) as phase:
-        calls = []
-        for call, recipe in zip(manifest["schedule"], recipes, strict=True):
-            phase.step(call["piece"])
-            arguments = [
-                _argument(row, call, recipe, maker, constants, limits.num_pages)
-                for row in manifest["pieces"][call["piece"]]["signature"]
-            ]
-            calls.append(BoundCall(call["piece"], arguments, tuple(call["outputs"])))
-    return Loaded(calls, variants, limits, maker.bytes())
+    steps = len(manifest["schedule"]) + (len(encode["schedule"]) if encode else 0)
+    with reporter.phase("load weights", total=steps) as phase:
+        calls = _bind(artifact, manifest, "", maker, limits, phase)
+        encode_calls = _bind(artifact, encode, "encode/", maker, limits, phase) if encode else []
+    return Loaded(calls, variants, limits, maker.bytes(),
+                  LoadedGraph(encode_calls, encode_variants) if encode else None)
+
+
+def _bind(artifact: Artifact, graph: dict, folder: str, maker: _Weights, limits: Limits,
+          phase: Phase) -> list[BoundCall]:
+    """The calls of one graph, with the tensors that they keep."""
+    constants = load_file(artifact.file(f"weights/{folder}constants.safetensors"))
+    recipes = artifact.json(f"weights/{folder}recipe.json")
+    calls = []
+    for call, recipe in zip(graph["schedule"], recipes, strict=True):
+        phase.step(call["piece"])
+        arguments = [_argument(row, call, recipe, maker, constants, limits.num_pages)
+                     for row in graph["pieces"][call["piece"]]["signature"]]
+        calls.append(BoundCall(call["piece"], arguments, tuple(call["outputs"])))
+    return calls
 
 
 def _argument(row: dict, call: dict, recipe: dict, maker: _Weights, constants: dict[str, Tensor],

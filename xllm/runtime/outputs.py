@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from torch import Tensor
+
 
 class FinishReason(StrEnum):
     """Why an answer ended."""
@@ -31,6 +33,7 @@ class Delta:
 
     ``text`` may lag behind ``token_ids``: an unfinished character, or the beginning of a possible
     stop string, is held back. ``stop_reason`` is the stop string or stop token id that matched.
+    ``vector`` is what a request of :class:`PoolingParams` ends with.
     """
 
     request_id: str
@@ -40,6 +43,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    vector: Tensor | None = None
 
 
 @dataclass
@@ -54,6 +58,7 @@ class CompletionOutput:
     logprobs: list[Mapping[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     error: str | None = None
+    vector: Tensor | None = None
 
     def extend(self, delta: Delta) -> None:
         """Append what a step added."""
@@ -62,6 +67,7 @@ class CompletionOutput:
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
         self.error = delta.error
+        self.vector = delta.vector
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + list(delta.logprobs)
             chosen = (entry[token].logprob for token, entry in zip(delta.token_ids, delta.logprobs))

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from xllm.runtime.sampling_params import SamplingParams
+from torch import Tensor
+
+from xllm.runtime.sampling_params import Params
 
 
 class InvariantError(RuntimeError):
@@ -21,13 +23,47 @@ class State(Enum):
     FINISHED = auto()
 
 
+@dataclass(frozen=True, eq=False)
+class Image:
+    """An image as its processor made it; its embeddings stand for ``count`` tokens from ``start``.
+
+    ``pixel_values`` is float32 ``[patches, values]``, ``grid`` counts patches in time, height and
+    width. Equal ``digest`` means equal embeddings.
+    """
+
+    pixel_values: Tensor
+    grid: tuple[int, int, int]
+    start: int
+    count: int
+    digest: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A prompt's images in its order, and the rotary positions (time, height, width) they cause.
+
+    A token behind the prompt is ``delta`` further on than its index says.
+    """
+
+    items: tuple[Image, ...]
+    positions: Sequence[tuple[int, int, int]]
+    delta: int
+
+    def position(self, index: int) -> tuple[int, int, int]:
+        """Rotary positions of a token of the prompt or of the answer."""
+        if index < len(self.positions):
+            return self.positions[index]
+        return (index + self.delta,) * 3
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What to answer and how; ``text`` is only carried through to the output."""
 
     token_ids: Sequence[int]
-    params: SamplingParams
+    params: Params
     text: str | None = None
+    images: Images | None = None
 
 
 class Request:
@@ -40,10 +76,12 @@ class Request:
     """
 
     def __init__(
-        self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, limit: int
+        self, request_id: str, prompt_token_ids: Sequence[int], params: Params, limit: int,
+        images: Images | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
+        self.images = images
         self.token_ids = list(prompt_token_ids)
         self.prompt_length = len(self.token_ids)
         self.limit = limit

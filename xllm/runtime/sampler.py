@@ -52,7 +52,7 @@ class Sampler:
     """One step's logits, float32 ``[R, V]``."""
 
     def __init__(self, logits: Tensor) -> None:
-        self._logits_RV = logits
+        self.logits_RV = logits
         best = logits.max(dim=-1)
         self._argmax: list[int] = best.indices.tolist()
         self._finite: list[bool] = best.values.isfinite().tolist()
@@ -65,10 +65,10 @@ class Sampler:
             raise SamplingError("the model's logits are not finite")
         token_id = self._argmax[row]
         if generator is not None:
-            token_id = draw(self._logits_RV[row], params, generator)
+            token_id = draw(self.logits_RV[row], params, generator)
         if params.logprobs is None:
             return Sampled(token_id)
-        return Sampled(token_id, alternatives(self._logits_RV[row], token_id, params.logprobs))
+        return Sampled(token_id, alternatives(self.logits_RV[row], token_id, params.logprobs))
 
 
 def draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:

@@ -1,4 +1,4 @@
-"""How one request's tokens are chosen and when it stops: vLLM's names, checked at birth."""
+"""What a request asks for: tokens and how they are chosen, or no token: vLLM's names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from xllm.errors import UserError
 
@@ -107,3 +108,25 @@ class SamplingParams:
         if seed is not None:
             seed = (seed + index + SEED_RANGE) % (2 * SEED_RANGE) - SEED_RANGE
         return dataclasses.replace(self, n=1, seed=seed)
+
+
+@dataclass(frozen=True)
+class PoolingParams:
+    """A prompt that is read and not answered.
+
+    It ends with a vector, float32: the hidden state of its last token after the final norm, or the
+    next token's logits of ``token_ids``, where these are given.
+    """
+
+    token_ids: tuple[int, ...] = ()
+
+    n: ClassVar[int] = 1
+    max_tokens: ClassVar[int] = 0
+    stop: ClassVar[tuple[str, ...]] = ()
+
+    def for_choice(self, index: int) -> PoolingParams:
+        """The only one there is."""
+        return self
+
+
+Params = SamplingParams | PoolingParams

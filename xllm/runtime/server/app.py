@@ -12,9 +12,12 @@ from starlette.responses import JSONResponse, Response
 from transformers import PreTrainedTokenizerFast
 
 from xllm.runtime.async_engine import AsyncEngine
+from xllm.runtime.embedding import Embedder
 from xllm.runtime.request import Prompt
 from xllm.runtime.sampling_params import RequestError
-from xllm.runtime.server.errors import add_error_handlers, error_response
+from xllm.runtime.server.errors import add_error_handlers, check_model, error_response
+from xllm.runtime.server.images import Vision
+from xllm.runtime.server.pooling import PoolingService
 from xllm.runtime.server.prompt import chat_prompt, completion_prompts
 from xllm.runtime.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from xllm.runtime.server.replies import ChatReply, CompletionReply, Json, Reply
@@ -22,20 +25,19 @@ from xllm.runtime.server.stream import AnswerError, ClientGone, EventStream, col
 
 MAX_ANSWERS = 1024
 CLIENT_CLOSED_REQUEST = 499
-ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/docs")
-
-
-class UnknownModelError(LookupError):
-    """A request for a model that is not served here."""
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/models",
+          "/health", "/docs")
 
 
 class Service:
     """The endpoints of one engine and its model."""
 
     def __init__(
-        self, engine: AsyncEngine, tokenizer: PreTrainedTokenizerFast, model_name: str
+        self, engine: AsyncEngine, tokenizer: PreTrainedTokenizerFast, model_name: str,
+        vision: Vision | None,
     ) -> None:
         self._engine = engine
+        self._vision = vision
         self._tokenizer = tokenizer
         self._model_name = model_name
         self._started = int(time.time())
@@ -64,19 +66,19 @@ class Service:
 
     async def model(self, name: str) -> Json:
         """The served model, by name."""
-        self._check_model(name)
+        check_model(name, self._model_name)
         return self._model_card()
 
     async def chat(self, body: ChatRequest, http: Request) -> Response:
         """OpenAI's chat completion."""
-        self._check_model(body.model)
+        check_model(body.model, self._model_name)
         params = body.to_params()
-        prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, params)
+        prompt = await asyncio.to_thread(chat_prompt, self._tokenizer, body, params, self._vision)
         return await self._answer([prompt], ChatReply(self._model_name, prompt), body, http)
 
     async def complete(self, body: CompletionRequest, http: Request) -> Response:
         """OpenAI's text completion."""
-        self._check_model(body.model)
+        check_model(body.model, self._model_name)
         params = body.to_params()
         prompts = await asyncio.to_thread(completion_prompts, self._tokenizer, body, params)
         reply = CompletionReply(self._model_name, prompts, bool(body.echo))
@@ -92,16 +94,7 @@ class Service:
         generation = self._engine.submit(prompts)
         if body.stream:
             return EventStream(generation, reply, body.include_usage)
-        try:
-            return JSONResponse(reply.whole(await collect(generation, http)))
-        except AnswerError as error:
-            return error_response(500, str(error))
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model_name:
-            raise UnknownModelError(f"model {name!r} is not served; served: {self._model_name!r}")
+        return JSONResponse(reply.whole(await collect(generation, http)))
 
     def _model_card(self) -> Json:
         return {
@@ -113,22 +106,29 @@ class Service:
         }
 
 
-async def _unknown_model(_: Request, error: UnknownModelError) -> Response:
-    return error_response(404, str(error), "model", "model_not_found")
+async def _failed_answer(_: Request, error: AnswerError) -> Response:
+    return error_response(500, str(error))
+
+
+async def _client_gone(_: Request, __: ClientGone) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def create_app(
-    engine: AsyncEngine, tokenizer: PreTrainedTokenizerFast, model_name: str
+    engine: AsyncEngine, tokenizer: PreTrainedTokenizerFast, model_name: str,
+    embedder: Embedder = Embedder(), vision: Vision | None = None,
 ) -> FastAPI:
     """The application; its lifespan starts and stops ``engine``."""
-    service = Service(engine, tokenizer, model_name)
+    service = Service(engine, tokenizer, model_name, vision)
     app = FastAPI(title="xLLM", lifespan=service.lifespan)
     add_error_handlers(app)
-    app.add_exception_handler(UnknownModelError, _unknown_model)
+    app.add_exception_handler(AnswerError, _failed_answer)
+    app.add_exception_handler(ClientGone, _client_gone)
     app.add_api_route("/", service.index)
     app.add_api_route("/health", service.health)
     app.add_api_route("/v1/models", service.models)
     app.add_api_route("/v1/models/{name:path}", service.model)
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
     app.add_api_route("/v1/completions", service.complete, methods=["POST"])
+    PoolingService(engine, tokenizer, model_name, embedder).add_routes(app)
     return app

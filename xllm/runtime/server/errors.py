@@ -13,6 +13,17 @@ from starlette.responses import Response
 from xllm.runtime.engine import EngineDeadError
 from xllm.runtime.sampling_params import RequestError
 
+
+class UnknownModelError(LookupError):
+    """A request for a model that is not served here."""
+
+
+def check_model(name: str | None, served: str) -> None:
+    """Raise UnknownModelError unless ``name`` is the served model's, or left out."""
+    if name is not None and name != served:
+        raise UnknownModelError(f"model {name!r} is not served; served: {served!r}")
+
+
 log = logging.getLogger(__name__)
 _SHOWN = 4  # problems of one body that are spelled out
 
@@ -33,6 +44,10 @@ def error_response(
 
 async def _bad_request(_: Request, error: RequestError) -> Response:
     return error_response(400, str(error), error.param)
+
+
+async def _unknown_model(_: Request, error: UnknownModelError) -> Response:
+    return error_response(404, str(error), "model", "model_not_found")
 
 
 async def _bad_body(_: Request, error: RequestValidationError) -> Response:
@@ -63,6 +78,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 def add_error_handlers(app: FastAPI) -> None:
     """Turn every exception that leaves a route into the API's error shape."""
     app.add_exception_handler(RequestError, _bad_request)
+    app.add_exception_handler(UnknownModelError, _unknown_model)
     app.add_exception_handler(RequestValidationError, _bad_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(EngineDeadError, _engine_dead)

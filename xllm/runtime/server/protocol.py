@@ -6,9 +6,9 @@ do not serve, and that would change the answer, are refused unless they ask for 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from xllm.runtime.sampling_params import MAX_LOGPROBS, RequestError, SamplingParams
 
@@ -107,12 +107,37 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageUrl(BaseModel):
+    """Where an image is; ``detail`` is a hint that changes nothing."""
+
+    model_config = ConfigDict(strict=True)
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(BaseModel):
+    """An image in a message's content."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(BaseModel):
     """One turn of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[Part]
+
+    @property
+    def images(self) -> list[str]:
+        """URLs of the images, in order."""
+        parts = () if isinstance(self.content, str) else self.content
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
 
 
 class ChatRequest(GenerationRequest):

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from xllm.config import ServerConfig
 from xllm.runtime.async_engine import AsyncEngine
+from xllm.runtime.embedding import Embedder
 from xllm.runtime.engine import Engine
 from xllm.runtime.server.app import create_app
+from xllm.runtime.server.images import Vision
 
 DRAIN_SECONDS = 10
 BACKLOG = 2048
@@ -37,7 +39,8 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, model_name: str, config: ServerConfig
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, model_name: str, config: ServerConfig,
+    embedder: Embedder = Embedder(), vision: Vision | None = None,
 ) -> int:
     """Serve until SIGTERM or ctrl-C; return the exit code, 1 if the port cannot be had."""
     try:
@@ -47,7 +50,7 @@ def serve(
               "--port 0 takes a free one", file=sys.stderr)
         return 1
     port: int = listener.getsockname()[1]
-    app = create_app(AsyncEngine(engine), tokenizer, model_name)
+    app = create_app(AsyncEngine(engine), tokenizer, model_name, embedder, vision)
     options = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS)
     server = _Server(options, banner(engine, model_name, config.host, port))
     with listener, _quiet_signals():

@@ -1,0 +1,47 @@
+"""Give values the size of keys, as the paged cache stores them.
+
+    %o = xllm.attention(%q, %k, %v, ...)   with v narrower than k
+    ->   %p = aten.constant_pad_nd(%v, [0, D - V]); %o = aten.slice(xllm.attention(q, k, p), 3, 0, V)
+
+A cache row then has one size for both (MiMo-V2: 192 and 128). Latent attention, which differs more
+often, has been absorbed before.
+
+Level: canonical -> canonical. Numerics: exact (zeros add nothing).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from xllm.graph import calls_of, retype
+from xllm.passes.core import ModelFacts, PassContext
+
+aten = torch.ops.aten
+xllm = torch.ops.xllm
+
+
+def pad_values(gm: fx.GraphModule, ctx: PassContext) -> int:
+    """Give values the size of keys, as the paged cache stores them."""
+    sites = 0
+    for node in calls_of(gm, xllm.attention.default):
+        _, k, v = (n.meta["val"].shape[-1] for n in node.args[:3])
+        if v >= k:
+            continue
+        mode = node.meta["val"].fake_mode
+        with gm.graph.inserting_before(node):
+            padded = gm.graph.call_function(
+                aten.constant_pad_nd.default, (node.args[2], [0, k - v]))
+        with gm.graph.inserting_after(node):
+            result = gm.graph.call_function(aten.slice.Tensor, (node, 3, 0, v))
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+        node.args = (*node.args[:2], padded, *node.args[3:])
+        for new in (padded, node, result):
+            new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+            retype(new, mode)
+        sites += 1
+    return sites
+
+
+def expected(model: ModelFacts, ctx: PassContext) -> int | None:
+    return None

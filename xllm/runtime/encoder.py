@@ -1,0 +1,94 @@
+"""Images on the executor's side: their embeddings, and the positions of the tokens around them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from xllm import vision
+from xllm.artifact import Artifact
+from xllm.errors import UserError
+from xllm.runtime.loader import Loaded, LoadedGraph
+from xllm.runtime.schedule import Schedule
+
+IMAGE = 1  # transformers' token type
+
+
+class ImageError(UserError, ValueError):
+    """Images that the model cannot take; says what is wrong and what is accepted."""
+
+
+class Encoder:
+    """Runs an artifact's encode graph.
+
+    ``config`` is the checkpoint's; ``max_tokens`` bounds the image tokens encoded at once.
+    """
+
+    @classmethod
+    def of(cls, artifact: Artifact, loaded: Loaded, config: PretrainedConfig) -> Encoder | None:
+        """The encoder of an artifact; None where its model takes no images."""
+        if loaded.encode is None:
+            return None
+        return cls(loaded.encode, config, artifact.manifest["encode"]["max_tokens"])
+
+    def __init__(self, graph: LoadedGraph, config: PretrainedConfig, max_tokens: int) -> None:
+        self.config = config
+        self.max_tokens = max_tokens
+        self._schedule = Schedule(graph.calls, graph.variants["symbolic"])
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for one row of an image's embeddings in a prompt."""
+        return self.config.image_token_id
+
+    def image_tokens(self, image_grid_thw: Tensor) -> list[int]:
+        """Rows of embeddings of each image, from grids ``[images, 3]``."""
+        return vision.image_tokens(self.config, image_grid_thw)
+
+    def encode(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Embeddings ``[n, H]`` of images, one after the other, in the model's dtype.
+
+        ``pixel_values [patches, values]`` and ``image_grid_thw [images, 3]`` are as the
+        checkpoint's image processor makes them. Raises :class:`ImageError`.
+        """
+        width, tokens = vision.values_per_patch(self.config), sum(self.image_tokens(image_grid_thw))
+        patches = int(image_grid_thw.prod(-1).sum())
+        if tuple(pixel_values.shape) != (patches, width):
+            raise ImageError(f"pixel values have shape {list(pixel_values.shape)}; the grids "
+                             f"{image_grid_thw.tolist()} imply {[patches, width]}")
+        if not 0 < tokens <= self.max_tokens:
+            raise ImageError(f"the images have {tokens} tokens; accepted: 1 to {self.max_tokens}")
+        values = vision.encode_inputs(self.config, image_grid_thw)
+        values["pixel_values"] = pixel_values.float()
+        return self._schedule.run(values)["image_embeds"]
+
+    def rope_positions(self, input_ids: Sequence[int],
+                       image_grid_thw: Tensor) -> tuple[Tensor, int]:
+        """Rotary positions ``[3, n]`` (time, height, width) of a prompt with these images.
+
+        Also the offset by which a token behind the prompt is further on than its index says.
+        Raises :class:`ImageError` where prompt and images do not agree.
+        """
+        ids = torch.tensor([list(input_ids)])
+        types = (ids == self.image_token_id).int()
+        wanted = self.image_tokens(image_grid_thw)
+        runs = torch.diff(types[0], prepend=torch.tensor([0])).clamp(min=0).sum()
+        if int(types.sum()) != sum(wanted) or int(runs) != len(wanted):
+            raise ImageError(f"the prompt has {int(types.sum())} image tokens in {int(runs)} "
+                             f"places; its images have {wanted}")
+        positions, delta = self._model.get_rope_index(
+            ids, mm_token_type_ids=types, image_grid_thw=image_grid_thw)
+        return positions[:, 0], int(delta)
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """The model without weights and almost without layers, for its position arithmetic."""
+        config = copy.deepcopy(self.config)
+        config.text_config.num_hidden_layers = config.vision_config.depth = 1
+        with torch.device("meta"):
+            return AutoModel.from_config(config)

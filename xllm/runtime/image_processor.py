@@ -1,0 +1,73 @@
+"""Pictures become what the encoder takes, and their places in the prompt: ``transformers``' way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import torch
+from transformers import AutoImageProcessor, BaseImageProcessor
+
+from xllm.checkpoint import CheckpointError
+from xllm.runtime.executor import ImageEncoder
+from xllm.runtime.request import Image, Images
+from xllm.runtime.sampling_params import RequestError
+
+
+class ImageProcessor:
+    """The checkpoint's own image processor, and the encoder's arithmetic of tokens."""
+
+    def __init__(self, processor: BaseImageProcessor, encoder: ImageEncoder) -> None:
+        self._processor = processor
+        self._encoder = encoder
+        self._settings = json.dumps(processor.to_dict(), sort_keys=True, default=str).encode()
+
+    @classmethod
+    def of(cls, directory: Path, encoder: ImageEncoder) -> ImageProcessor:
+        """That of a checkpoint; raises CheckpointError."""
+        try:
+            # the other backend needs torchvision, and rounds otherwise
+            return cls(AutoImageProcessor.from_pretrained(directory, backend="pil"), encoder)
+        except Exception as error:
+            raise CheckpointError(f"{directory}: no usable image processor: "
+                                  f"{str(error).strip().splitlines()[0]}") from error
+
+    def place(
+        self, token_ids: Sequence[int], pictures: Sequence[PIL.Image.Image]
+    ) -> tuple[list[int], Images]:
+        """The prompt with each image token repeated, and the images; raises RequestError.
+
+        ``token_ids`` hold one image token per picture, RGB, as chat templates write it.
+        """
+        mark = self._encoder.image_token_id
+        if (marks := list(token_ids).count(mark)) != len(pictures):
+            raise RequestError(f"the prompt has {marks} image tokens and {len(pictures)} images; "
+                               "an image belongs in an image part, not in text", "messages")
+        left, ids, images = list(pictures), [], []
+        for token in token_ids:
+            if token != mark:
+                ids.append(token)
+                continue
+            images.append(self._image(left.pop(0), len(ids)))
+            ids += [mark] * images[-1].count
+        positions, delta = self._encoder.rope_positions(
+            ids, torch.tensor([image.grid for image in images]))
+        places = list(zip(*positions.tolist()))
+        return ids, Images(tuple(images), places, delta)
+
+    def _image(self, picture: PIL.Image.Image, start: int) -> Image:
+        try:
+            made = self._processor(images=[picture], return_tensors="pt")
+        except ValueError as error:
+            raise RequestError(f"image of {picture.width} x {picture.height} pixels is refused: "
+                               f"{error}", "messages") from error
+        grids = made["image_grid_thw"]
+        (count,), most = self._encoder.image_tokens(grids), self._encoder.max_tokens
+        if count > most:
+            raise RequestError(f"image takes {count} tokens; accepted: up to {most}", "messages")
+        content = f"{picture.width} {picture.height} ".encode() + picture.tobytes()
+        digest = hashlib.sha256(self._settings + content).digest()
+        return Image(made["pixel_values"], tuple(grids[0].tolist()), start, count, digest)

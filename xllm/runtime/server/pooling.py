@@ -1,0 +1,139 @@
+"""Embeddings in OpenAI's shape and rerankings in Cohere's, Jina's and vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Literal
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from xllm.runtime.async_engine import AsyncEngine
+from xllm.runtime.embedding import Embedder
+from xllm.runtime.request import Prompt
+from xllm.runtime.reranking import Reranker
+from xllm.runtime.sampling_params import PoolingParams, RequestError
+from xllm.runtime.server.errors import check_model
+from xllm.runtime.server.prompt import check_text, plain_prompts
+from xllm.runtime.server.replies import Json
+from xllm.runtime.server.stream import collect
+
+MAX_INPUTS = 2048  # OpenAI's own limit on one request's texts
+
+
+class EmbeddingRequest(BaseModel):
+    """Body of ``POST /v1/embeddings``; ``input`` is a text, token ids, or a list of either."""
+
+    model_config = ConfigDict(strict=True)
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+
+
+class Document(BaseModel):
+    """A document as Cohere's clients may write it."""
+
+    model_config = ConfigDict(strict=True)
+    text: str
+
+
+class RerankRequest(BaseModel):
+    """Body of ``POST /v1/rerank``; ``instruction`` replaces the template's own, for web search."""
+
+    model_config = ConfigDict(strict=True)
+    query: str
+    documents: list[str | Document]
+    model: str | None = None
+    top_n: int | None = None
+    return_documents: bool | None = None
+    instruction: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents' texts."""
+        return [item if isinstance(item, str) else item.text for item in self.documents]
+
+
+class PoolingService:
+    """The endpoints whose prompts are read and not answered."""
+
+    def __init__(
+        self, engine: AsyncEngine, tokenizer: PreTrainedTokenizerBase, model_name: str,
+        embedder: Embedder,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._embedder = embedder
+
+    def add_routes(self, app: FastAPI) -> None:
+        """Add both endpoints."""
+        app.add_api_route("/v1/embeddings", self.embed, methods=["POST"])
+        app.add_api_route("/v1/rerank", self.rerank, methods=["POST"])
+
+    async def embed(self, body: EmbeddingRequest, http: Request) -> Json:
+        """OpenAI's embeddings."""
+        check_model(body.model, self._model_name)
+        self._embedder.check(body.dimensions)
+        prompts = await asyncio.to_thread(
+            plain_prompts, self._tokenizer, body.input, "input", PoolingParams())
+        _check_count(len(prompts), "input")
+        hidden = await self._vectors(prompts, http)
+        vectors = [self._embedder.finish(row, body.dimensions) for row in hidden]
+        spell = _base64 if body.encoding_format == "base64" else Tensor.tolist
+        data = [{"object": "embedding", "index": index, "embedding": spell(vector)}
+                for index, vector in enumerate(vectors)]
+        tokens = _count(prompts)
+        return {"object": "list", "model": self._model_name, "data": data,
+                "id": f"embd-{uuid.uuid4().hex}", "created": int(time.time()),
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+    async def rerank(self, body: RerankRequest, http: Request) -> Json:
+        """Documents by relevance to a query, the most relevant first."""
+        check_model(body.model, self._model_name)
+        if body.top_n is not None and body.top_n < 1:
+            raise RequestError(f"top_n is {body.top_n}; accepted: 1 or more", "top_n")
+        _check_count(len(body.documents), "documents")
+        prompts = await asyncio.to_thread(self._pairs, body)
+        scores = [Reranker.score(row) for row in await self._vectors(prompts, http)]
+        best = sorted(range(len(scores)), key=lambda index: -scores[index])[:body.top_n]
+        results: list[Json] = [{"index": i, "relevance_score": scores[i]} for i in best]
+        if body.return_documents is not False:
+            for result in results:
+                result["document"] = {"text": body.texts[result["index"]]}
+        tokens = _count(prompts)
+        return {"id": f"rerank-{uuid.uuid4().hex}", "model": self._model_name, "results": results,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+    def _pairs(self, body: RerankRequest) -> list[Prompt]:
+        reranker = Reranker.of(self._tokenizer)
+        check_text(body.query, "query")
+        check_text(body.instruction or "", "instruction")
+        for text in body.texts:
+            check_text(text, "documents")
+        return [reranker.prompt(body.query, text, body.instruction) for text in body.texts]
+
+    async def _vectors(self, prompts: Sequence[Prompt], http: Request) -> list[Tensor]:
+        outputs = await collect(self._engine.submit(prompts), http)
+        return [output.vector for output in outputs if output.vector is not None]
+
+
+def _check_count(count: int, param: str) -> None:
+    if not 1 <= count <= MAX_INPUTS:
+        raise RequestError(f"{param} holds {count} texts; accepted: 1 to {MAX_INPUTS}", param)
+
+
+def _count(prompts: Sequence[Prompt]) -> int:
+    return sum(len(prompt.token_ids) for prompt in prompts)
+
+
+def _base64(vector_D: Tensor) -> str:
+    """Little-endian float32, as OpenAI's clients decode it."""
+    return base64.b64encode(vector_D.numpy().astype("<f4").tobytes()).decode()
