@@ -4,8 +4,9 @@
 
 One layer of DeepSeek-V3's sizes (R 512, r 64, N 128, V 128) with fewer heads, bfloat16. Decoding is
 compared with what an engine without latent attention does: project the new token's latent to keys
-and values of every head, and attend over a cache of those, by our own kernel (values padded to the
-size of keys) and by torch's. Sides take turns; ratios are medians over the rounds.
+and values of every head, and attend over a cache of those, by our own kernel and by torch's, both
+with values padded to the size of keys (torch has no fast path for others). Sides take turns; ratios
+are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -76,8 +77,7 @@ def expanded(heads: int, batch: int, context: int) -> tuple[Call, Call]:
     meta = metadata([1] * batch, [context] * batch)
     cache = randn(meta[0].numel() + 1, 2, heads, PAGE, KEY)
     paged = partial(torch.ops.xllm.paged_attention, randn(batch, heads, KEY), cache, *meta, SCALE)
-    q, k = (randn(batch, heads, n, KEY) for n in (1, context))
-    v = randn(batch, heads, context, SIZES.value)
+    q, k, v = (randn(batch, heads, n, KEY) for n in (1, context, context))
     plain = partial(scaled_dot_product_attention, q, k, v, scale=SCALE)
     return projected(heads, batch, paged), projected(heads, batch, plain)
 

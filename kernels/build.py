@@ -108,7 +108,7 @@ def compile_cpu(isa: str, out: Path) -> None:
     root = Path(torch.__file__).parent
     flags = [*COMMON_FLAGS, *isa_flags(isa), f"-I{root / 'include'}"]
     units = [path for path in sources() if path.suffix == ".cpp"]
-    units.sort(key=lambda path: path.name != "bindings.cpp")  # the slowest first
+    units.sort(key=lambda path: not path.name.startswith("bindings"))  # the slowest first
     with tempfile.TemporaryDirectory() as scratch:
         objects = [Path(scratch) / f"{path.stem}.o" for path in units]
 

@@ -16,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.zoo import SIZES, ZOO
 from xllm.compiler.capture import capture
 from xllm.compiler.pipeline import PIPELINE
 from xllm.compiler.runner import PassRecord, run_pipeline
@@ -26,11 +27,6 @@ from xllm.targets import find
 PAGE_SIZE = 4
 DTYPES = (torch.float32, torch.bfloat16)
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
@@ -57,6 +53,12 @@ CASES = tuple((family, dtype) for family in FAMILIES for dtype in DTYPES
               if dtype == torch.bfloat16 or "-" not in family)
 OTHER_CASES = tuple((family, dtype) for family in FAMILIES for dtype in DTYPES
                     if (family, dtype) not in CASES)
+ZOO_CASES = tuple((family, torch.bfloat16) for family in ZOO)
+
+
+def config_of(family: str) -> PretrainedConfig:
+    """The configuration of a family that is tested through and through, or of the zoo."""
+    return ZOO[family]() if family in ZOO else families()[family]
 
 
 def case_id(value: object) -> str:
@@ -66,7 +68,7 @@ def case_id(value: object) -> str:
 
 @functools.cache
 def _captured(family: str, dtype: torch.dtype) -> tuple[Program, ModelFacts]:
-    return capture(families()[family], dtype)
+    return capture(config_of(family), dtype)
 
 
 def captured(family: str, dtype: torch.dtype) -> tuple[Program, PassContext]:

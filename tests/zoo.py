@@ -7,8 +7,11 @@ from collections.abc import Callable
 import transformers as hf
 from transformers import PretrainedConfig
 
-from tests.tiny import SIZES
-
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}
 _MLA = {"q_lora_rank": 16, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
         "v_head_dim": 8}
 _ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
@@ -75,6 +78,9 @@ UNNAMED: dict[str, Callable[[], PretrainedConfig]] = {
                                    moe_intermediate_size=16, moe_layer_start_index=1),
 }
 
+#: Families that see images; ``vision_tiny`` makes them.
+VISION = ("qwen2_5_vl",)
+
 #: What a family's test stands for, for the README's table.
 MODELS = {
     "llama": "Llama 2, 3, 3.1; R1-Distill-Llama",
@@ -84,6 +90,7 @@ MODELS = {
     "qwen3_moe": "Qwen3-MoE",
     "deepseek_v2": "DeepSeek-V2 and V2-Lite",
     "deepseek_v3": "DeepSeek-V3, V3.1, R1; Kimi-K2",
+    "qwen2_5_vl": "Qwen2.5-VL, MiMo-VL",
     "mistral": "Mistral", "mixtral": "Mixtral", "glm4": "GLM-4", "glm4_moe": "GLM-4-MoE",
     "phi3": "Phi-3", "granite": "Granite", "olmo2": "OLMo 2", "gemma": "Gemma",
     "gemma2": "Gemma 2", "gemma3": "Gemma 3 (text)", "gpt_oss": "GPT-OSS",

@@ -19,7 +19,7 @@ _GROUPED = {"moe_route", "group_tokens", "group_matmul", "gated_activation", "co
 _FUSED = _PAGED | _GROUPED | {"add_rms_norm", "qk_norm_rope_kv_write", "packed_linear",
                               "packed_embedding", "packed_group_matmul", "quant_linear"}
 #: What the schedule is for: the text graph's, and the encode graph's.
-RESULTS = frozenset({"image_embeds", "logits"})
+RESULTS = ("logits", "image_embeds")
 
 
 class LevelError(RuntimeError):
@@ -75,5 +75,5 @@ def _verify_schedule(program: Program) -> None:
             raise LevelError(f"call {index} of {call.piece} reads {sorted(missing)} before any "
                              "call defines it")
         defined.update(call.outputs)
-    if not defined & RESULTS:
-        raise LevelError(f"no call of the schedule defines {' or '.join(sorted(RESULTS, reverse=True))}")
+    if defined.isdisjoint(RESULTS):
+        raise LevelError(f"no call of the schedule defines {' or '.join(RESULTS)}")

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.tiny import CASES, FAMILIES, captured, case_id, families, save_checkpoint
+from tests.zoo import SIZES
 from xllm.compiler.capture import CaptureError, capture
 from xllm.compiler.verify import Oracle
 from xllm.graph import INPUT_DIMS, Constant, Weight, placeholders
@@ -86,20 +88,43 @@ def test_token_count_is_one_symbol() -> None:
 
 
 def test_facts() -> None:
-    for family, norms, qk in (("llama", 5, False), ("qwen2-window", 5, False), ("qwen3", 9, True)):
+    for family, norms in (("llama", 5), ("qwen2-window", 5), ("qwen3", 9)):
         facts = captured(family, torch.bfloat16)[1].facts
-        assert (facts.num_layers, facts.num_norms, facts.qk_norm) == (2, norms, qk)
-        assert (facts.num_qkv, facts.num_gated_mlps, facts.num_even_linears) == (2, 2, 15)
+        assert (facts.num_layers, len(facts.norms), facts.num_residual_norms) == (2, norms, 4)
+        assert (facts.num_fused_qkv, facts.num_rotations, facts.num_gated_mlps) == (2, 4, 2)
+        assert (facts.num_even_linears, facts.num_linear_groups) == (15, 4)
+        assert facts.num_grouped_linears == 10
         assert (facts.hidden_size, facts.vocab_size, facts.context_length) == (32, 96, 512)
         assert facts.tied_embeddings == families()[family].tie_word_embeddings
 
 
-@pytest.mark.parametrize(("config", "known"), [
-    (GPT2Config(), "transformers knows it"), (PretrainedConfig(), "unknown")])
-def test_another_family_is_refused(config: PretrainedConfig, known: str) -> None:
-    with pytest.raises(CaptureError, match=rf"model_type '{config.model_type}' .*{known}.*"
-                                           r"supported: llama, qwen2, qwen3"):
+@pytest.mark.parametrize(("family", "norms", "residual", "gated", "moe", "latent", "fused"), [
+    ("deepseek_v3", 13, 6, 3, 2, 3, 0), ("gemma3", 19, 6, 0, 0, 0, 0), ("olmo2", 9, 1, 2, 0, 0, 0),
+    ("cohere2", 3, None, 2, 0, 0, 0), ("gpt_oss", 5, 4, 0, 2, 0, 0), ("glm4", 9, 4, 2, 0, 0, 0),
+])
+def test_facts_of_other_layouts(family: str, norms: int, residual: int | None, gated: int,
+                                moe: int, latent: int, fused: int) -> None:
+    facts = captured(family, torch.bfloat16)[1].facts
+    assert (len(facts.norms), facts.num_residual_norms) == (norms, residual)
+    assert (facts.num_gated_mlps, facts.num_moe_layers) == (gated, moe)
+    assert (facts.num_latent_attentions, facts.num_fused_qkv) == (latent, fused)
+
+
+def test_what_transformers_does_not_know_is_refused() -> None:
+    with pytest.raises(CaptureError, match="model_type '' is no causal language model"):
+        capture(PretrainedConfig(), torch.float32)
+
+
+@pytest.mark.parametrize(("config", "module"), [
+    (hf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2),
+     r"backbone\.layers\.0\.mixer \(MambaMixer\)"),
+    (hf.Qwen3NextConfig(**SIZES), r"model\.layers\.0\.linear_attn \(Qwen3NextGatedDeltaNet\)"),
+    (hf.DeepseekV32Config(**SIZES), r"model\.layers\.0\.self_attn \(DeepseekV32Attention\)"),
+], ids=["mamba", "qwen3_next", "deepseek_v32"])
+def test_an_unsupported_module_is_named_in_one_line(config: PretrainedConfig, module: str) -> None:
+    with pytest.raises(CaptureError, match=f"module {module} cannot be captured: ") as error:
         capture(config, torch.float32)
+    assert "\n" not in str(error.value)
 
 
 def test_a_module_that_cannot_be_captured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.golden import fires
-from tests.tiny import CASES, FAMILIES, OTHER_CASES, case_id, stages
+from tests.tiny import CASES, FAMILIES, OTHER_CASES, ZOO_CASES, case_id, stages
+from tests.zoo import ZOO
 from xllm.compiler.pipeline import PIPELINE
 from xllm.compiler.runner import PassError, run_pass
 from xllm.graph import calls_of, copy_program
@@ -29,6 +30,12 @@ def test_fires(family: str, dtype: torch.dtype) -> None:
     check(family, dtype)
 
 
+@pytest.mark.parametrize(("family", "dtype"), ZOO_CASES, ids=case_id)
+def test_fires_on_the_zoo(family: str, dtype: torch.dtype) -> None:
+    """Counts as stored; the pipeline itself has compared them with those expected."""
+    check(family, dtype)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), OTHER_CASES, ids=case_id)
 def test_fires_on_variants(family: str, dtype: torch.dtype) -> None:
@@ -36,7 +43,7 @@ def test_fires_on_variants(family: str, dtype: torch.dtype) -> None:
 
 
 def test_all_families_are_stored() -> None:
-    assert list(fires.load()) == sorted(FAMILIES)
+    assert list(fires.load()) == sorted([*FAMILIES, *ZOO])
 
 
 @BY_MODEL
@@ -46,7 +53,8 @@ def test_expected_counts_are_met(family: str, dtype: torch.dtype) -> None:
     told = [record for record in records if record.expected is not None]
     assert [r.sites for r in told] == [r.expected for r in told]
     assert {r.name for r in records} - {r.name for r in told} == {
-        "static_views", "drop_noops", "cse", "lower"}
+        "static_views", "spell_casts", "drop_noops", "cse", "fold_parameters", "check_tokens",
+        "norm_before_transpose", "pad_values", "lower"}
 
 
 def stage_input(family: str, name: str) -> tuple[Pass, object, object]:

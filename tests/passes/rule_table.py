@@ -82,6 +82,17 @@ def _other_dtype(make: Maker, rng: random.Random) -> Arguments:
     return _norm(make, rng) | {"dtype": torch.float16}
 
 
+def _transposed_norm(make: Maker, rng: random.Random) -> Arguments:
+    heads, width = rng.choice([2, 3]), rng.choice([8, 6])
+    return {"x": make.randn(1, make.tokens, heads, width), "weight": make.randn(width),
+            "eps": 1e-6, "first": 1, "second": 2}
+
+
+def _last_moves(make: Maker, rng: random.Random) -> Arguments:
+    arguments = _transposed_norm(make, rng)
+    return arguments | {"weight": make.randn(arguments["x"].shape[2]), "first": 2, "second": 3}
+
+
 def _next_x(result: object, arguments: Arguments) -> Arguments:
     return arguments | {"x": result}
 
@@ -294,6 +305,7 @@ def _entries() -> dict[str, Entry]:
                  (torch.float32,))
     cast = replace(norm, draw=_norm_cast, dtypes=DTYPES, refused=(
         _flat_weight(_norm_cast), _one_weight(_norm_cast), _other_dtype))
+    wide = replace(cast, dtypes=(torch.bfloat16,))
     silu = Entry(found["recognise_silu_mul.gate_first"], _silu, (_one_row,), _next_gate)
     write = Entry(found["fuse_qk_norm_rope_kv_write.without_norm"], _write, (_fewer_groups,),
                   _next_qkv)
@@ -305,6 +317,11 @@ def _entries() -> dict[str, Entry]:
         "recognise_rms_norm.weight_last": norm,
         "recognise_rms_norm.cast_weight_first": cast,
         "recognise_rms_norm.cast_weight_last": cast,
+        "recognise_rms_norm.wide_weight_first": wide,
+        "recognise_rms_norm.wide_weight_last": wide,
+        "norm_before_transpose.transposed_first": Entry(
+            found["norm_before_transpose.transposed_first"], _transposed_norm, (_last_moves,),
+            _next_x),
         "recognise_rope.rotate_half": Entry(
             found["recognise_rope.rotate_half"], _rope, (_uneven_halves, _one_angle), _next_x),
         "recognise_silu_mul.gate_first": silu,

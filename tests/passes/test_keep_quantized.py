@@ -23,8 +23,11 @@ from tests.passes.pass_graphs import (
     targets,
     xllm,
 )
-from xllm.graph import Call, Program, Weight, placeholders
-from xllm.passes.core import PassContext
+from tests.tiny import captured, stages
+from xllm.compiler.verify import Checker, VerifyError
+from xllm.graph import Call, Program, Weight, copy_program, placeholders
+from xllm.passes import keep_quantized as keep_quantized_module
+from xllm.passes.core import PassContext, describe
 from xllm.passes.keep_quantized import expected, formats, keep_quantized
 from xllm.quantization import (
     Dequantize,
@@ -171,6 +174,20 @@ def test_stored_parts_are_taken_as_they_are() -> None:
     assert format_of(two) == INT4
     with pytest.raises(ValueError, match="is not stored quantised"):
         resolve(fields[0])
+
+
+def test_verification_draws_what_the_pass_keeps() -> None:
+    """With other weights, quantising them would change the logits."""
+    found, _, ctx = stages("qwen3", torch.bfloat16)
+    before = next(stage.before for stage in found if stage.item.name == "pack_linear")
+    names = {name for call in before.schedule for name in call.leaves.values() if "_proj." in name}
+    known = dict.fromkeys(names, Format("int4", 16, True))
+    after, item = copy_program(before), describe(keep_quantized_module)
+    assert item.apply(after, replace(ctx, quantized=known)) == 8
+    program, _ = captured("qwen3", torch.bfloat16)
+    assert Checker(program, draws=1, quantized=known)(before, after, ctx, item) < 0.03
+    with pytest.raises(VerifyError, match="keep_quantized"):
+        Checker(program, draws=1)(before, after, ctx, item)
 
 
 @settings(max_examples=15, deadline=None)

@@ -93,7 +93,7 @@ def test_values(seed: int, window: int | None, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want)
 
 
-# --- latent attention: 3 heads of N 8, r 4, V 6 over a latent of R 16 ------------------------------
+# --- latent attention: 3 heads of N 8, r 4, V 6 over a latent of R 16 -----------------------------
 
 LATENT_PAGED = [aten.squeeze.dim] * 4 + [
     xllm.latent_write.default, xllm.paged_latent_attention.default, aten.unsqueeze.default]

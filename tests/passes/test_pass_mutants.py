@@ -26,7 +26,7 @@ from xllm.passes import (
     select_logits_rows,
     static_views,
 )
-from xllm.weights import Concat
+from xllm.weights import Concat, Recipe, rename
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ def swapped_shape(node: fx.Node) -> list[int] | None:
 
 
 def without_neighbours(segment: object, layer: int,
-                       names: Callable = roll_layers._leaf_names) -> list[str | None]:
+                       recipes: Callable = roll_layers._local_recipes) -> list[Recipe | None]:
     """The next layer's norm taken for the layer's own."""
-    return [n and n.replace("next.input_layernorm", "post_attention_layernorm")
-            for n in names(segment, layer)]
+    return [r and rename(r, lambda name: name.replace("next.input_layernorm",
+                                                      "post_attention_layernorm"))
+            for r in recipes(segment, layer)]
 
 
 def without_text(nodes: list, segment: Callable = roll_layers._segment) -> object:
@@ -76,7 +77,7 @@ MUTANTS = (
            {torch.ops.aten.add.Tensor: 1e-6}),
     Mutant("arguments ignored", cse, "_key", lambda node: (node.target,)),
     Mutant("other rows", select_logits_rows, "Input", lambda name: Input("slot_mapping")),
-    Mutant("neighbour's norm", roll_layers, "_leaf_names", without_neighbours),
+    Mutant("neighbour's norm", roll_layers, "_local_recipes", without_neighbours),
     Mutant("window ignored", roll_layers, "_segment", without_text, "qwen2-window"),
     Mutant("inputs mixed up", page_attention, "INPUTS",
            ("block_table", "seq_lens", "query_start_loc")),

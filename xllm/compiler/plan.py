@@ -21,7 +21,8 @@ from xllm.progress import Reporter
 #: Packages and modules whose source decides what is compiled.
 COMPILING = ("ops", "passes", "compiler", "backends", "graph.py", "levels.py", "serialize.py",
              "targets.py", "torch_private.py", "weights.py", "quantization.py",
-             "quantized_layouts.py", "checkpoint.py", "config.py")
+             "quantized_layouts.py", "checkpoint.py", "config.py",
+             "vision.py")
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Oracle:
                 for node in placeholders(program.pieces[call.piece])
             ]
             values.update(zip(call.outputs, pieces[call.piece](arguments), strict=True))
-        (name,) = RESULTS & set(program.schedule[-1].outputs)
+        (name,) = set(RESULTS) & set(program.schedule[-1].outputs)
         result = values[name].float()
         return result[0] if result.dim() == 3 else result
 

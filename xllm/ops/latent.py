@@ -27,7 +27,6 @@ from xllm.ops.attention import _attend, attention
 from xllm.ops.core import Cost, define, nbytes, randn
 from xllm.ops.samples import ragged_batch
 
-
 FORMS = ("absorbed", "expanded")
 #: New tokens of a sequence; fewer save next to nothing, while the matrices are converted for each
 #: sequence instead of being read once for all.

@@ -39,7 +39,8 @@ _ROWS = frozenset({
 _APART = frozenset({
     aten.embedding.default, aten.view_as_real.default, aten.view_as_complex.default,
     aten.constant_pad_nd.default, aten.pad.default, aten._assert_tensor_metadata.default,
-    aten.polar.default, aten.ones_like.default, aten.zeros_like.default, aten.to.dtype, aten.clone.default,
+    aten.polar.default, aten.ones_like.default, aten.zeros_like.default, aten.to.dtype,
+    aten.clone.default,
     aten.contiguous.default, aten.scatter_.value, aten.sym_size.int,
 })
 _DIMS = ("dim", "dims", "dim0", "dim1", "start_dim", "end_dim")

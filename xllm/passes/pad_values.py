@@ -1,7 +1,8 @@
 """Give values the size of keys, as the paged cache stores them.
 
     %o = xllm.attention(%q, %k, %v, ...)   with v narrower than k
-    ->   %p = aten.constant_pad_nd(%v, [0, D - V]); %o = aten.slice(xllm.attention(q, k, p), 3, 0, V)
+    ->   %p = aten.constant_pad_nd(%v, [0, D - V]); %a = xllm.attention(%q, %k, %p, ...)
+         %o = aten.slice(%a, 3, 0, V)
 
 A cache row then has one size for both (MiMo-V2: 192 and 128). Latent attention, which differs more
 often, has been absorbed before.
