@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
-from common import publish, table
 
+from common import publish, table
 from xllm.compiler.capture import capture, capture_encoder
 from xllm.compiler.manifest import kv_bytes_per_page
 from xllm.compiler.pipeline import ENCODE_PIPELINE, PIPELINE

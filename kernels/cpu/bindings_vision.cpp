@@ -1,15 +1,12 @@
 // torch.ops.xllm.segment_attention on CPU tensors; see xllm/ops/vision.py.
 //
 // Every segment is an ordinary attention without a mask, for which torch has a blocked kernel.
-// Windows are small and of few sizes: all segments of one length go in one call as a batch.
+// Windows are small and mostly of one size: neighbours of equal length go in one call as a batch.
+// (All of one length in one call, gathered, was slower: 33 against 19 ms for 48 windows.)
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/library.h>
-
-#include <map>
-#include <numeric>
-#include <vector>
 
 namespace {
 
@@ -41,18 +38,6 @@ const int32_t* check_bounds(const Tensor& bounds, int64_t patches) {
   return at;
 }
 
-// The rows of all segments of a length, for each length.
-std::map<int64_t, std::vector<int64_t>> rows_by_length(const int32_t* at, int64_t segments) {
-  std::map<int64_t, std::vector<int64_t>> found;
-  for (int64_t b = 0; b < segments; b++) {
-    if (at[b + 1] == at[b]) continue;
-    auto& rows = found[at[b + 1] - at[b]];
-    rows.resize(rows.size() + at[b + 1] - at[b]);
-    std::iota(rows.end() - (at[b + 1] - at[b]), rows.end(), at[b]);
-  }
-  return found;
-}
-
 Tensor segment_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                          const Tensor& cu_seqlens, double scale) {
   if (q.scalar_type() == at::kDouble) return reference(q, k, v, cu_seqlens, scale);
@@ -69,19 +54,16 @@ Tensor segment_attention(const Tensor& q, const Tensor& k, const Tensor& v,
   Tensor out = at::empty(q.sizes(), q.options());
   out.narrow(0, 0, at[0]).zero_();
   out.narrow(0, at[segments], q.size(0) - at[segments]).zero_();
-  for (const auto& [length, rows] : rows_by_length(at, segments)) {
-    Tensor index = at::empty({int64_t(rows.size())}, at::kLong);
-    std::copy(rows.begin(), rows.end(), index.data_ptr<int64_t>());
-    bool all = index.size(0) == q.size(0);
-    auto batch = [&, length = length](const Tensor& t) {  // [segments, H, length, D]
-      Tensor picked = all ? t : t.index_select(0, index);
-      return picked.unflatten(0, {-1, length}).transpose(1, 2);
+  for (int64_t b = 0, next; b < segments; b = next) {
+    int64_t length = at[b + 1] - at[b];
+    for (next = b + 1; next < segments && at[next + 1] - at[next] == length;) next++;
+    if (length == 0) continue;
+    auto batch = [&](const Tensor& t) {  // [segments, H, length, D]
+      Tensor rows = t.narrow(0, at[b], (next - b) * length);
+      return rows.unflatten(0, {next - b, length}).transpose(1, 2);
     };
-    Tensor made = at::scaled_dot_product_attention(batch(q), batch(k), batch(v), {}, 0.0, false,
-                                                   scale);
-    made = made.transpose(1, 2).flatten(0, 1);
-    if (all) return made.contiguous();
-    out.index_copy_(0, index, made);
+    batch(out).copy_(at::scaled_dot_product_attention(batch(q), batch(k), batch(v), {}, 0.0,
+                                                      false, scale));
   }
   return out;
 }

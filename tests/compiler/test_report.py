@@ -125,7 +125,7 @@ def test_dump_writes_index_and_files(records: list[PassRecord], tmp_path: Path) 
     index = (tmp_path / "a/b/index.txt").read_text().splitlines()
     assert len(index) == 1 + len(records)
     norms = 4 * LAYERS + 1
-    assert re.search(rf"04_recognise_rms_norm +captured +{norms} +{norms} ", index[5])
+    assert re.search(rf"05_recognise_rms_norm +captured +{norms} +{norms} ", index[6])
     files = {str(f.relative_to(tmp_path / "a/b")) for f in tmp_path.rglob("*/*.txt")}
     assert files == {"index.txt", *report.listings(records)}
 

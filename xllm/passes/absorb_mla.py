@@ -9,7 +9,7 @@ Paging then caches the latent and ``k_rope`` instead of every head's keys and va
 weight, which the op takes as stored, into the two matrices that query and result absorb. How
 ``k_rope`` was rotated plays no part. Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.
 
-Level: canonical -> canonical. Numerics: exact (the op's meaning is the expanded form).
+Level: captured -> captured. Numerics: exact (the op's meaning is the expanded form).
 """
 
 from __future__ import annotations

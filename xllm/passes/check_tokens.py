@@ -7,7 +7,7 @@ if nothing but attention (which gets a block table) mixes rows. Every node is ch
 of T tokens may be moved, never reduced, scanned, shifted, sorted, counted or contracted. The sites
 are the nodes that were proven.
 
-Level: canonical -> canonical. Numerics: exact.
+Level: captured -> captured. Numerics: exact.
 """
 
 from __future__ import annotations

@@ -90,23 +90,20 @@ def _fits(match: Match) -> bool:
     return weight.dim() == 1 and weight.shape[0] == x.shape[-1]
 
 
-#: Applied first, because the float32 rules below match inside them.
-_WIDE = (
+RULES = (
     Rewrite(wide_weight_first, fused_wide, _weights_wide),
     Rewrite(wide_weight_last, fused_wide, _weights_wide),
-)
-_REST = (
     Rewrite(weight_first, fused, _float32),
     Rewrite(weight_last, fused, _float32),
     Rewrite(cast_weight_first, fused_cast, _rounds_to_input),
     Rewrite(cast_weight_last, fused_cast, _rounds_to_input),
 )
-RULES = (*_WIDE, *_REST)
 
 
 def recognise_rms_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Recognise ``xllm.rms_norm``."""
-    return apply(_WIDE, gm) + apply(_REST, gm)
+    # wide weights first: the float32 rules match inside them
+    return apply(RULES[:2], gm) + apply(RULES[2:], gm)
 
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
