@@ -48,7 +48,17 @@ def verify(program: Program, level: str, kernels: frozenset[str]) -> None:
             _verify_node(name, node, level, allowed(level, kernels))
         if placeholders(gm, State) and level in ("captured", "canonical"):
             raise LevelError(f"piece {name} has a KV cache at level {level}")
+    _verify_symbols(program)
     _verify_schedule(program)
+
+
+def _verify_symbols(program: Program) -> None:
+    """No pass may have fixed a size that the graph is meant to leave open."""
+    for name, val in program.inputs.items():
+        for axis, size in enumerate(val.shape):
+            if isinstance(size, torch.SymInt) and not size.node.expr.free_symbols:
+                raise LevelError(f"input {name}: size {axis} is fixed to {size}; an op that was "
+                                 "typed compared it with a number")
 
 
 def _verify_node(piece: str, node: fx.Node, level: str, ops: frozenset[str]) -> None:

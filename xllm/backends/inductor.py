@@ -77,6 +77,7 @@ class InductorBackend:
                 for name, most in options.sizes.items() if name not in static}
         shapes = tuple(_dynamic(node, dims, options.symbols) for node in nodes)
         _on_cpu(gm)
+        _contiguous_outputs(gm)
         try:
             with torch.no_grad():
                 exported = torch.export.export(gm, args, dynamic_shapes=shapes, strict=False)
@@ -101,12 +102,21 @@ def _on_cpu(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def _contiguous_outputs(gm: fx.GraphModule) -> None:
+    """Lay out what a piece gives to others as they expect it: a package checks no strides."""
+    (output,) = gm.graph.find_nodes(op="output")
+    with gm.graph.inserting_before(output):
+        output.args = (tuple(gm.graph.call_function(torch.ops.aten.contiguous.default, (node,))
+                             for node in output.args[0]),)
+    gm.recompile()
+
+
 def _dynamic(node: fx.Node, dims: dict[str, torch.export.Dim],
              symbols: dict[str, str]) -> dict[int, object]:
     """``dynamic_shapes`` of one placeholder: axis → Dim, a multiple of it, or it plus a number."""
     found: dict[int, object] = {}
     for axis, size in enumerate(node.meta["val"].shape):
-        if isinstance(size, int):
+        if isinstance(size, int) or not size.node.expr.free_symbols:  # some constants are symbolic
             continue
         (symbol,) = size.node.expr.free_symbols
         name = symbols[str(symbol)]

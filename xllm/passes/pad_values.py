@@ -31,13 +31,15 @@ def pad_values(gm: fx.GraphModule, ctx: PassContext) -> int:
             continue
         mode = node.meta["val"].fake_mode
         with gm.graph.inserting_before(node):
-            padded = gm.graph.call_function(
-                aten.constant_pad_nd.default, (node.args[2], [0, k - v]))
+            # padding four dimensions would compare strides, and fix the number of tokens
+            flat = gm.graph.call_function(aten.squeeze.dim, (node.args[2], 0))
+            wide = gm.graph.call_function(aten.constant_pad_nd.default, (flat, [0, k - v]))
+            padded = gm.graph.call_function(aten.unsqueeze.default, (wide, 0))
         with gm.graph.inserting_after(node):
             result = gm.graph.call_function(aten.slice.Tensor, (node, 3, 0, v))
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
         node.args = (*node.args[:2], padded, *node.args[3:])
-        for new in (padded, node, result):
+        for new in (flat, wide, padded, node, result):
             new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             retype(new, mode)
         sites += 1
