@@ -59,7 +59,7 @@ ZOO: dict[str, Callable[[], PretrainedConfig]] = {
     "cohere2": lambda: _sized(hf.Cohere2Config, sliding_window=5, layer_types=[
         "sliding_attention", "full_attention"]),
     "mimo_v2": lambda: _sized(
-        hf.MiMoV2FlashConfig, _EXPERTS, _LAYERS, head_dim=12, v_head_dim=8, n_routed_experts=8,
+        hf.MiMoV2FlashConfig, _EXPERTS, _LAYERS, head_dim=16, v_head_dim=8, n_routed_experts=8,
         sliding_window=5),
     "minicpm3": lambda: _sized(hf.MiniCPM3Config, _MLA, num_key_value_heads=4),
 }

@@ -121,7 +121,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
                        std::optional<int64_t> window, std::optional<double> softcap,
                        const MaybeTensor& sinks) {
   const char* op = "paged_attention";
-  if (is_double(q))
+  bool fits = kv_cache.dim() == 5 && kv_cache.size(4) % 8 == 0 && kv_cache.size(4) <= xllm::MAX_DIM;
+  if (is_double(q) || !fits)
     return reference(op, q, kv_cache, block_table, query_start_loc, seq_lens, scale, window,
                      softcap, sinks)[0].toTensor();
   return by_dtype(op, "q", q, [&](auto zero) {
@@ -135,8 +136,6 @@ Tensor paged_attention(const Tensor& q, const Tensor& kv_cache, const Tensor& bl
     expect(op, "block_table", block_table, at::kInt, {sequences, -1});
     REQUIRE(cache.groups > 0 && heads % cache.groups == 0, op, "q has ", heads,
             " heads; expected a multiple of ", cache.groups);
-    REQUIRE(cache.dim % 8 == 0 && cache.dim <= xllm::MAX_DIM, op, "head size ", cache.dim,
-            "; expected a multiple of 8 up to ", xllm::MAX_DIM);
     REQUIRE(!window || *window > 0, op, "window is ", window.value_or(0), "; expected 1 or more");
     REQUIRE(!softcap || *softcap > 0, op, "softcap is ", softcap.value_or(0), "; expected > 0");
     MaybeTensor logits;
@@ -176,14 +175,15 @@ std::pair<Tensor, Tensor> norm(const char* op, const Tensor& x, const MaybeTenso
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  if (is_double(x)) return reference("rms_norm", x, weight, eps)[0].toTensor();
+  if (is_double(x) || weight.scalar_type() != x.scalar_type())
+    return reference("rms_norm", x, weight, eps)[0].toTensor();
   return norm("rms_norm", x, {}, weight, eps).first;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         const Tensor& weight, double eps) {
   const char* op = "add_rms_norm";
-  if (is_double(x)) {
+  if (is_double(x) || weight.scalar_type() != x.scalar_type()) {
     auto results = reference(op, x, residual, weight, eps);
     return {results[0].toTensor(), results[1].toTensor()};
   }

@@ -25,7 +25,8 @@ const T* data_or_null(const MaybeTensor& t) {
   return t.has_value() ? data<T>(*t) : nullptr;
 }
 
-// The op's Python reference: float64 occurs only where a graph is verified.
+// The op's Python reference: for float64, which occurs only where a graph is verified, and for the
+// few shapes that no kernel takes.
 template <class... Arguments>
 torch::jit::Stack reference(const char* op, const Arguments&... arguments) {
   auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(

@@ -118,7 +118,9 @@ def test_what_transformers_does_not_know_is_refused() -> None:
 @pytest.mark.parametrize(("config", "module"), [
     (hf.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2),
      r"backbone\.layers\.0\.mixer \(MambaMixer\)"),
-    (hf.Qwen3NextConfig(**SIZES), r"model\.layers\.0\.linear_attn \(Qwen3NextGatedDeltaNet\)"),
+    pytest.param(hf.Qwen3NextConfig(**SIZES),
+                 r"model\.layers\.0\.linear_attn \(Qwen3NextGatedDeltaNet\)",
+                 marks=pytest.mark.slow),
     (hf.DeepseekV32Config(**SIZES), r"model\.layers\.0\.self_attn \(DeepseekV32Attention\)"),
 ], ids=["mamba", "qwen3_next", "deepseek_v32"])
 def test_an_unsupported_module_is_named_in_one_line(config: PretrainedConfig, module: str) -> None:

@@ -1,11 +1,11 @@
 """Give values the size of keys, as the paged cache stores them.
 
     %o = xllm.attention(%q, %k, %v, ...)   with v narrower than k
-    ->   %p = aten.constant_pad_nd(%v, [0, D - V]); %a = xllm.attention(%q, %k, %p, ...)
-         %o = aten.slice(%a, 3, 0, V)
+    ->   %z = aten.zeros_like(aten.slice(%k, 3, V, D)); %p = aten.cat([%v, %z], 3)
+         %a = xllm.attention(%q, %k, %p, ...); %o = aten.slice(%a, 3, 0, V)
 
 A cache row then has one size for both (MiMo-V2: 192 and 128). Latent attention, which differs more
-often, has been absorbed before.
+often, has been absorbed before. (``constant_pad_nd`` would fix the number of tokens while typed.)
 
 Level: canonical -> canonical. Numerics: exact (zeros add nothing).
 """
@@ -31,15 +31,14 @@ def pad_values(gm: fx.GraphModule, ctx: PassContext) -> int:
             continue
         mode = node.meta["val"].fake_mode
         with gm.graph.inserting_before(node):
-            # padding four dimensions would compare strides, and fix the number of tokens
-            flat = gm.graph.call_function(aten.squeeze.dim, (node.args[2], 0))
-            wide = gm.graph.call_function(aten.constant_pad_nd.default, (flat, [0, k - v]))
-            padded = gm.graph.call_function(aten.unsqueeze.default, (wide, 0))
+            rest = gm.graph.call_function(aten.slice.Tensor, (node.args[1], 3, v, k))
+            zeros = gm.graph.call_function(aten.zeros_like.default, (rest,))
+            padded = gm.graph.call_function(aten.cat.default, ([node.args[2], zeros], 3))
         with gm.graph.inserting_after(node):
             result = gm.graph.call_function(aten.slice.Tensor, (node, 3, 0, v))
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
         node.args = (*node.args[:2], padded, *node.args[3:])
-        for new in (flat, wide, padded, node, result):
+        for new in (rest, zeros, padded, node, result):
             new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             retype(new, mode)
         sites += 1
