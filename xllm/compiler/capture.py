@@ -82,6 +82,9 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
             model = auto.from_config(
                 config, dtype=dtype, attn_implementation=interfaces.NAME,
                 experts_implementation=interfaces.NAME, trust_remote_code=remote)
+    except KeyError as error:  # of a table of attention classes
+        raise CaptureError(f"config.json: {kind} is not supported: its code does not let its "
+                           f"attention be replaced (KeyError {error})") from error
     except Exception as error:
         raise CaptureError(f"config.json: {kind} cannot be built from it: "
                            f"{type(error).__name__}: {error}") from error
@@ -129,7 +132,10 @@ def _capture(entry: _Flat | TextGraph | EncodeGraph,
              dtype: torch.dtype) -> tuple[Program, ModelFacts]:
     model = entry.model
     exported, observer = _export(entry, dtype)
-    facts = facts_of(model, entry.config, observer)
+    try:
+        facts = facts_of(model, entry.config, observer)
+    except AttributeError as error:
+        raise CaptureError(f"config.json of {type(model).__name__}: {error}") from error
     gm = exported.graph_module
     fake_mode = next(iter(gm.graph.nodes)).meta["val"].fake_mode
     constants = {name.removeprefix("model."): tensor
@@ -167,11 +173,14 @@ def _export(entry: _Flat | TextGraph | EncodeGraph,
     }
     dynamic = {name: {i: dims[d] for i, d in enumerate(shape) if d in dims}
                for name, shape in entry.DIMS.items()}
+    interfaces.MASKS.start()
     with observed(model) as observer:
         try:
             with torch.no_grad():
-                return torch.export.export(entry, (), args, dynamic_shapes=dynamic,
-                                           strict=False), observer
+                exported = torch.export.export(entry, (), args, dynamic_shapes=dynamic,
+                                               strict=False)
+            interfaces.MASKS.check()
+            return exported, observer
         except Exception as error:
             raise CaptureError(_why(model, observer, error)) from error
 

@@ -11,10 +11,12 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from xllm.compiler.masks import Masks
 from xllm.errors import UserError
 from xllm.ops.moe import ACTIVATIONS, gated
 
 NAME = "xllm"
+MASKS = Masks()
 
 
 def _attention(
@@ -23,21 +25,18 @@ def _attention(
     softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention that ``transformers`` calls during capture: ``[B, H, T, D]`` in, one node."""
+    MASKS.tell(module, attention_mask, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return torch.ops.xllm.attention(q, k, v, scale, sliding_window, softcap, s_aux), None
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(NAME, MASKS.ask)
 
 
 class UnknownExperts(UserError, ValueError):
     """Experts whose gate or layout no argument of ``xllm.experts`` describes."""
-
-
-_GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELU": "gelu",
-          "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "ReLU": "relu"}
 
 
 def _gate(module: nn.Module) -> tuple[str, float | None]:
