@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from xllm import levels
 from xllm.errors import UserError
 from xllm.graph import (
@@ -17,7 +19,7 @@ from xllm.graph import (
     copy_program,
     placeholders,
 )
-from xllm.passes.core import Pass, PassContext
+from xllm.passes.core import Pass, PassContext, module_of
 from xllm.serialize import graph_text
 
 
@@ -72,6 +74,14 @@ def is_at(program: Program, level: str, wanted: str, kernels: frozenset[str]) ->
     return levels.LEVELS.index(level) < levels.LEVELS.index(wanted)
 
 
+def _unmatched(item: Pass, program: Program, ctx: PassContext) -> str:
+    """The first module in which a pass should have fired and left no op of ours."""
+    made = {module_of(node)[0] for gm in program.pieces.values() for node in gm.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "xllm"}
+    left = [name for name in item.modules(ctx.facts) if name not in made]
+    return f"; not recognised: module {left[0]}" if left else ""
+
+
 def run_pass(item: Pass, program: Program, ctx: PassContext, level: str) -> tuple[PassRecord, str]:
     """Run one pass on ``program`` in place; returns its record and the new level."""
     if level not in (item.before, item.after) and not is_at(program, level, item.before,
@@ -87,7 +97,7 @@ def run_pass(item: Pass, program: Program, ctx: PassContext, level: str) -> tupl
                         snapshot(program))
     if expected is not None and sites != expected:
         raise PassError(f"pass {item.name} rewrote {sites} sites of {ctx.facts.architecture}, "
-                        f"expected {expected}")
+                        f"expected {expected}{_unmatched(item, program, ctx)}")
     return record, item.after
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from xllm.errors import UserError
-from xllm.passes.core import ModelFacts, PassContext
+from xllm.passes.core import ModelFacts, PassContext, module_of
 from xllm.passes.rewrite import full_args
 
 aten = torch.ops.aten
@@ -108,13 +108,6 @@ def _broken(node: fx.Node, tokens: object) -> str | None:
     return None if named and aligned else "is not known to keep tokens apart"
 
 
-def _where(node: fx.Node) -> str:
-    """The module whose code made a node, with its class."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path, kind = stack[-1] if stack else ("", "model")
-    return f"{str(path).removeprefix('model.') or 'model'} ({str(kind).rpartition('.')[2]})"
-
-
 def check_tokens(gm: fx.GraphModule, ctx: PassContext) -> int:
     """Proof that a model treats tokens one by one, but for attention; changes nothing."""
     symbol = ctx.inputs["positions"].shape[-1].node.expr
@@ -124,8 +117,9 @@ def check_tokens(gm: fx.GraphModule, ctx: PassContext) -> int:
             continue
         reason = _broken(node, symbol)
         if reason:
-            raise MixedTokens(f"module {_where(node)} is not supported: {node.target} {reason}, so "
-                              "that requests in one batch would change each other")
+            path, kind = module_of(node)
+            raise MixedTokens(f"module {path} ({kind}) is not supported: {node.target} {reason}, "
+                              "so that requests in one batch would change each other")
         proven += 1
     return proven
 

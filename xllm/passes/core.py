@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+from torch import fx
 
 from xllm.graph import Program
 from xllm.quantization import Format
@@ -62,7 +63,8 @@ class Pass:
 
     ``run`` edits one piece (``scope`` "graph") or the whole program ("program") and returns the
     number of sites rewritten; ``expected`` tells how many that must be over the unrolled model,
-    or None where it cannot be known; ``before`` and ``after`` are graph levels.
+    or None where it cannot be known; ``before`` and ``after`` are graph levels; ``modules`` are
+    those of the model in which it must fire, where a pass says so, for error messages.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Pass:
     before: str
     after: str
     doc: str
+    modules: Callable[[ModelFacts], tuple[str, ...]] = lambda facts: ()
 
     def apply(self, program: Program, ctx: PassContext) -> int:
         """Run on every piece, or on the program; sites counted once per call of their piece."""
@@ -89,4 +92,12 @@ def describe(module: ModuleType) -> Pass:
     run = vars(module)[name]
     first = next(iter(inspect.signature(run).parameters))
     scope = {"gm": "graph", "program": "program"}[first]
-    return Pass(name, run, module.expected, scope, before, after, doc)
+    modules = vars(module).get("modules", Pass.modules)  # the one optional part
+    return Pass(name, run, module.expected, scope, before, after, doc, modules)
+
+
+def module_of(node: fx.Node) -> tuple[str, str]:
+    """Path and class of the module whose code made a node."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path, kind = stack[-1] if stack else ("model.model", "")
+    return str(path).removeprefix("model."), str(kind).rpartition(".")[2]

@@ -108,3 +108,7 @@ def recognise_rms_norm(gm: fx.GraphModule, ctx: PassContext) -> int:
 
 def expected(model: ModelFacts, ctx: PassContext) -> int | None:
     return len(model.norms)
+
+
+def modules(model: ModelFacts) -> tuple[str, ...]:
+    return model.norms
